@@ -1,0 +1,90 @@
+"""What the user asks for. A vendor fact is detected and a knob is searched, so neither is here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from kernel_pytorch.core.types import Mode, Scalar
+from kernel_pytorch.errors import KptError
+
+__all__ = ["BUDGETS_S", "KernelPyTorchConfig"]
+
+BUDGETS_S: dict[str, float] = {"quick": 60.0, "default": 240.0, "thorough": 1800.0}
+"""Seconds a search may take, confirmation included, by the name `--budget` accepts."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelPyTorchConfig:
+    """What the user asks for.
+
+    Attributes:
+        mode: Inference or training.
+        budget_s: Seconds the search may take, the confirmation on fresh samples included.
+        max_error: Largest relative error of the worst output row against the high-precision oracle.
+        min_gain: Smallest speed-up worth a changed model, as a fraction: 0.02 keeps the original below 1.02x.
+        seed: Seed of inputs, perturbations and resampling.
+        trial_timeout_s: Deadline of one trial.
+        memory_limit_bytes: Memory one trial may take; `None` is 80 % of the machine's.
+        isolation: `process` tries each candidate in a worker of its own; `none` tries in this process.
+        only: Transforms to try; empty is all.
+        exclude: Transforms not to try.
+        outside: What an applied model does with inputs outside the workload: `original` runs and counts the
+            unmodified model (which stays in memory for that), `error` raises.
+        trust_remote_code: Whether code from a model hub may run.
+
+    Raises:
+        KptError: A value out of range.
+    """
+
+    mode: Mode = Mode.INFERENCE
+    budget_s: float = BUDGETS_S["default"]
+    max_error: float = 2e-2
+    min_gain: float = 0.02
+    seed: int = 0
+    trial_timeout_s: float = 180.0
+    memory_limit_bytes: int | None = None
+    isolation: str = "process"
+    only: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    outside: str = "original"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", Mode(self.mode))
+        for name, low in (("budget_s", 0.0), ("max_error", 0.0), ("trial_timeout_s", 0.0)):
+            if not getattr(self, name) > low:
+                raise KptError(f"{name} must be above {low:g}, got {getattr(self, name)!r}")
+        if not 0.0 <= self.min_gain < 1.0:
+            raise KptError(f"min_gain must be in [0, 1), got {self.min_gain!r}")
+        if self.isolation not in ("process", "none"):
+            raise KptError(f"isolation must be 'process' or 'none', got {self.isolation!r}")
+        if self.outside not in ("original", "error"):
+            raise KptError(f"outside must be 'original' or 'error', got {self.outside!r}")
+        both = set(self.only) & set(self.exclude)
+        if both:
+            raise KptError(f"transforms both in only and exclude: {', '.join(sorted(both))}")
+
+    @classmethod
+    def for_inference(cls, **changes: Any) -> KernelPyTorchConfig:
+        """Optimise forward calls; the default."""
+        return cls(**{"mode": Mode.INFERENCE, **changes})
+
+    @classmethod
+    def for_training(cls, **changes: Any) -> KernelPyTorchConfig:
+        """Optimise whole training steps, with gradients and a loss curve checked."""
+        return cls(**{"mode": Mode.TRAINING, **changes})
+
+    @classmethod
+    def for_production(cls, **changes: Any) -> KernelPyTorchConfig:
+        """Search thoroughly, ask for half the error, and change a model only for a gain of 5 % or more."""
+        base = {"budget_s": BUDGETS_S["thorough"], "max_error": 1e-2, "min_gain": 0.05}
+        return cls(**{**base, **changes})
+
+    def but(self, **changes: Any) -> KernelPyTorchConfig:
+        """Return a copy with some fields changed."""
+        return replace(self, **changes)
+
+    def as_json(self) -> dict[str, Scalar | list[str] | None]:
+        """Return the fields as plain JSON values, as a plan stores them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
