@@ -1,0 +1,50 @@
+# make demo   a model with real weights, made faster, with the evidence
+# make test   everything that CI checks
+# make help   the rest
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := dev,demo,serve,timm
+DEMO_OUT ?= out/minilm
+SAMPLE ?=
+
+.PHONY: help setup check test demo breadth faults bench clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 to 3.13 is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[$(EXTRAS)]' -c constraints.txt
+	@touch $@
+
+setup: $(STAMP)  ## virtual environment with everything; quick when nothing changed
+
+check: setup  ## lint, types and layers, without running anything
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check  ## check, then every test
+	$(BIN)/python -m pytest
+
+demo: setup  ## optimise all-MiniLM-L6-v2 and write the report
+	$(BIN)/kpt optimize examples/minilm.py:workload -o $(DEMO_OUT)
+
+breadth: setup  ## every architecture of the breadth suite (SAMPLE=N for a rotating sample)
+	$(BIN)/python benchmarks/breadth.py $(if $(SAMPLE),--sample $(SAMPLE))
+
+faults: setup  ## the seeded faults that the validator must reject
+	$(BIN)/python benchmarks/faults.py
+
+bench: setup  ## measure the examples and store the artefacts under benchmarks/results
+	$(BIN)/python benchmarks/demo.py
+
+clean:  ## remove what can be made again, the virtual environment included
+	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
