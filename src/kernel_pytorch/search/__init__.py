@@ -1,0 +1,1 @@
+"""Predict, propose, try, choose: from a workload and a device to the trials of a plan."""

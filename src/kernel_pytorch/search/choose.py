@@ -1,0 +1,65 @@
+"""Which candidate to keep: the fastest that is right, confirmed on samples that did not choose it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kernel_pytorch.core.types import Candidate, Ratio, Status, Trial
+
+__all__ = ["TIE", "finalists", "is_confirmed", "why_not"]
+
+TIE = 0.98
+"""Candidates within 2 % of the fastest tie with it, and the one with fewer steps is confirmed first."""
+
+
+def finalists(trials: Iterable[Trial], min_gain: float, most: int = 3) -> list[Trial]:
+    """Return what is worth confirming, in the order to try: the fastest, unless a simpler one ties with it.
+
+    A screening that may be a win is enough here; the confirmation decides on fresh samples.
+    """
+    pool = [
+        t
+        for t in trials
+        if t.status is Status.OK
+        and t.candidate.steps
+        and t.phase == "screen"
+        and t.measurement is not None
+        and _ratio(t).value >= 1.0 + min_gain / 2
+    ]
+    order: list[Trial] = []
+    while pool and len(order) < most:
+        top = max(_ratio(t).value for t in pool)
+        tied = [t for t in pool if _ratio(t).value >= TIE * top]
+        first = min(tied, key=lambda t: (len(t.candidate.steps), -_ratio(t).value))
+        order.append(first)
+        pool.remove(first)
+    return order
+
+
+def is_confirmed(trial: Trial, min_gain: float) -> bool:
+    """Whether fresh samples show a gain of at least `min_gain`, and none at all is outside the interval."""
+    if trial.status is not Status.OK or trial.measurement is None:
+        return False
+    ratio = trial.measurement.ratio
+    return ratio.value >= 1.0 + min_gain and ratio.low > 1.0
+
+
+def why_not(trial: Trial, chosen: Candidate, min_gain: float) -> str:
+    """Return in words why a trial was not chosen; empty for the chosen one."""
+    if trial.candidate == chosen or trial.reason:
+        return trial.reason
+    if trial.status is not Status.OK or trial.measurement is None:
+        return trial.reason
+    ratio = trial.measurement.ratio
+    if ratio.high < 1.0:
+        return "slower than the unmodified model"
+    if ratio.low <= 1.0 or ratio.value < 1.0 + min_gain:
+        return f"no gain of {min_gain:.0%} or more that the noise allows to see"
+    if chosen.steps:
+        return f"slower than {chosen.label}, or no faster with more steps"
+    return "the gain was not confirmed on fresh samples"
+
+
+def _ratio(trial: Trial) -> Ratio:
+    assert trial.measurement is not None
+    return trial.measurement.ratio

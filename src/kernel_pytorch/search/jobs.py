@@ -1,0 +1,141 @@
+"""Trials in workers of their own: how a workload gets there, and what comes back.
+
+A workload that came from a target is loaded again by the worker. One in memory travels by cloudpickle with its
+storages mapped from a private scratch directory. One that cannot travel is tried in this process, and the trial
+says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import TypeAdapter
+
+from kernel_pytorch.backends import manager_for
+from kernel_pytorch.catalog import TRANSFORMS
+from kernel_pytorch.core.config import KernelPyTorchConfig
+from kernel_pytorch.core.protocols import Transform
+from kernel_pytorch.core.targets import load_target
+from kernel_pytorch.core.types import Status, Trial
+from kernel_pytorch.core.workload import Workload
+from kernel_pytorch.errors import KptError
+from kernel_pytorch.measure.isolation import Workers, pack, unpack
+from kernel_pytorch.search.trial import TrialRequest, prepare_bench, run_trial
+
+__all__ = ["Jobs", "run_job"]
+
+_TRIAL = TypeAdapter(Trial)
+_REQUEST = TypeAdapter(TrialRequest)
+_CONFIG = TypeAdapter(KernelPyTorchConfig)
+_PRELOADED = ("torch", "numpy", "transformers", "torchao", "timm", "torchvision", "safetensors", "scipy", "sympy")
+
+
+class Jobs:
+    """Runs trials of one workload, each in a process of its own where the workload can travel.
+
+    Attributes:
+        isolation: `process` or `none`.
+        why_not_isolated: Why it is `none`; empty where it is a choice or not the case.
+    """
+
+    def __init__(
+        self, workload: Workload, config: KernelPyTorchConfig, transforms: Sequence[Transform] = TRANSFORMS
+    ) -> None:
+        self.workload = workload
+        self.config = config
+        self.transforms = tuple(transforms)
+        self.isolation = config.isolation
+        self.why_not_isolated = ""
+        self._workers: Workers | None = None
+        self._scratch = Path(tempfile.mkdtemp(prefix="kpt-"))
+        self._packed = ""
+
+    def __enter__(self) -> Self:
+        if self.isolation == "process":
+            custom = self.transforms != TRANSFORMS
+            if not self.workload.target or custom:
+                carried = (None if self.workload.target else self.workload, self.transforms if custom else None)
+                try:
+                    self._packed = str(pack(carried, self._scratch))
+                except KptError as error:
+                    self.isolation, self.why_not_isolated = "none", str(error)
+        if self.isolation == "process":
+            self._workers = Workers(preload=_preload())
+            self._workers.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._workers is not None:
+            self._workers.__exit__(kind, error, trace)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    @property
+    def memo_dir(self) -> str:
+        """Where the validators of this search share what is dear."""
+        return str(self._scratch)
+
+    def run(self, request: TrialRequest, *, timeout_s: float) -> Trial:
+        """Run one trial. Whatever happens to the worker becomes the trial's status."""
+        if self._workers is None:
+            bench = prepare_bench(
+                self.workload, self.config, manager_for(), seed=request.seed, transforms=self.transforms
+            )
+            return replace(run_trial(bench, request), isolation="none")
+        payload = {
+            "target": self.workload.target,
+            "packed": self._packed,
+            "config": _CONFIG.dump_python(self.config, mode="json"),
+            "request": _REQUEST.dump_python(request, mode="json"),
+        }
+        outcome = self._workers.run(
+            "kernel_pytorch.search.jobs:run_job",
+            json.dumps(payload).encode(),
+            timeout_s=timeout_s,
+            memory_limit_bytes=self.config.memory_limit_bytes,
+        )
+        if outcome.status is Status.OK:
+            return _TRIAL.validate_json(outcome.value)
+        return Trial(
+            request.candidate, outcome.status, reason=outcome.reason, phase=request.phase, seconds=outcome.seconds
+        )
+
+
+def run_job(payload: bytes) -> str:
+    """Run one trial in a worker and return it as JSON."""
+    job: dict[str, Any] = json.loads(payload)
+    config = _CONFIG.validate_python(job["config"])
+    request = _REQUEST.validate_python(job["request"])
+    workload, transforms = unpack(Path(job["packed"])) if job["packed"] else (None, None)
+    if workload is None:
+        workload = load_target(job["target"], trust_remote_code=config.trust_remote_code)
+    bench = prepare_bench(
+        workload, config, manager_for(), seed=request.seed, transforms=transforms or TRANSFORMS
+    )
+    trial = run_trial(bench, request)
+    return _TRIAL.dump_json(trial).decode()
+
+
+def _preload() -> tuple[str, ...]:
+    """Return what this process has imported and a worker will need, so that workers start warm."""
+    loaded = [
+        name
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] in _PRELOADED
+        and getattr(module, "__spec__", None) is not None
+        and getattr(module.__spec__, "origin", None) not in (None, "built-in")
+    ]
+    ours = [n for n in ("kernel_pytorch.search.jobs",) if importlib.util.find_spec(n)]
+    return (*loaded, *ours)
+
+

@@ -1,0 +1,121 @@
+"""The search itself: try what the strategy proposes until the budget is spent, then confirm on fresh samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from kernel_pytorch.core.config import KernelPyTorchConfig
+from kernel_pytorch.core.types import Candidate, Event, Listener, Prediction, Status, Trial, Untried
+from kernel_pytorch.search.choose import finalists, is_confirmed, why_not
+from kernel_pytorch.search.jobs import Jobs
+from kernel_pytorch.search.propose import Proposals
+from kernel_pytorch.search.strategy import Strategy
+from kernel_pytorch.search.trial import TrialRequest
+
+__all__ = ["Outcome", "Search"]
+
+_SCREEN_SHARE = 0.02
+_CONFIRM_SHARE = 0.06
+_SEED_OF_CONFIRMATION = 7919
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a search found: the confirming trial of the choice, all trials, and what was not tried."""
+
+    chosen: Trial
+    evidence: tuple[Trial, ...]
+    untried: tuple[Untried, ...]
+
+
+@dataclass(slots=True)
+class Search:
+    """One search over one workload.
+
+    Attributes:
+        jobs: Runs trials.
+        proposals: What could be done.
+        prediction: Orders and prunes it.
+        config: Budget, minimum gain, seed.
+        listen: Told what happens.
+        journal: Called with every finished trial before the next one starts.
+        finished: Trials of an interrupted search, not run again.
+        started: When the search began, on `time.monotonic`'s clock; its budget counts from there.
+    """
+
+    jobs: Jobs
+    proposals: Proposals
+    prediction: Prediction
+    config: KernelPyTorchConfig
+    listen: Listener
+    journal: Callable[[Trial], None]
+    finished: tuple[Trial, ...] = ()
+    started: float = field(default_factory=time.monotonic)
+    evidence: list[Trial] = field(default_factory=list)
+
+    def run(self) -> Outcome:
+        """Search, confirm, and return the outcome; never raises for a candidate."""
+        strategy = Strategy(self.proposals, self.prediction.ceilings, self.config.min_gain)
+        for trial in self.finished:
+            self.evidence.append(trial)
+            if trial.phase == "screen":
+                strategy.record(trial)
+        if not any(t.candidate == Candidate() for t in self.evidence):
+            self._try(Candidate(), "screen")
+        candidate = strategy.next()
+        while candidate is not None and self._time_left() > self._reserve():
+            strategy.record(self._try(candidate, "screen"))
+            candidate = strategy.next()
+        chosen = self._confirm()
+        evidence = tuple(self._explained(t, chosen.candidate) for t in self.evidence)
+        reason = f"the budget of {self.config.budget_s:.0f} s was spent"
+        return Outcome(chosen, evidence, strategy.untried(reason))
+
+    def _time_left(self) -> float:
+        return self.config.budget_s - (time.monotonic() - self.started)
+
+    def _reserve(self) -> float:
+        """Return the seconds to keep for the confirmation: what the best candidate's trial took, and its samples."""
+        best = finalists(self.evidence, self.config.min_gain, most=1)
+        dearest = best[0].seconds if best else 0.0
+        return dearest + _CONFIRM_SHARE * self.config.budget_s
+
+    def _try(self, candidate: Candidate, phase: str) -> Trial:
+        share = _SCREEN_SHARE if phase == "screen" else _CONFIRM_SHARE
+        request = TrialRequest(
+            candidate,
+            phase=phase,
+            seconds=max(share * self.config.budget_s, 0.5),
+            seed=self.config.seed + (_SEED_OF_CONFIRMATION if phase == "confirm" else 0),
+            memo_dir=self.jobs.memo_dir,
+        )
+        deadline = self.config.trial_timeout_s
+        if phase == "screen":
+            deadline = min(deadline, max(self._time_left(), 10.0))
+        self._tell("trial_started", f"{phase} {candidate.label}", candidate=candidate)
+        trial = self.jobs.run(request, timeout_s=deadline)
+        self.evidence.append(trial)
+        self.journal(trial)
+        self._tell("trial_finished", candidate.label, trial=trial, candidate=candidate)
+        return trial
+
+    def _confirm(self) -> Trial:
+        """Return the first finalist that fresh samples confirm, else the unmodified model."""
+        for finalist in finalists(self.evidence, self.config.min_gain):
+            done = [t for t in self.evidence if t.phase == "confirm" and t.candidate == finalist.candidate]
+            trial = done[0] if done else self._try(finalist.candidate, "confirm")
+            if is_confirmed(trial, self.config.min_gain):
+                return trial
+        kept = next(t for t in self.evidence if not t.candidate.steps)
+        return replace(kept, reason="nothing faster was right and confirmed: the unmodified model is kept")
+
+    def _explained(self, trial: Trial, chosen: Candidate) -> Trial:
+        return replace(trial, reason=why_not(trial, chosen, self.config.min_gain)) if trial.status is Status.OK else trial
+
+    def _tell(self, kind: str, message: str, *, trial: Trial | None = None, candidate: Candidate | None = None) -> None:
+        elapsed = time.monotonic() - self.started
+        self.listen(
+            Event(kind, message, trial=trial, candidate=candidate, elapsed_s=elapsed, budget_s=self.config.budget_s)
+        )

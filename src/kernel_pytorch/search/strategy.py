@@ -1,0 +1,109 @@
+"""Which candidate to try next: cheap single steps first, then compilation on top of what won, then the rest.
+
+Compilation is dear and timing is cheap, so every step that needs no compiler is tried alone first, highest upper
+bound first. Then the compile steps are tried on the best of those, then the remaining winners are added to the best
+candidate so far, then runners-up. A candidate whose upper bound cannot reach the smallest gain, that contains a step
+that was wrong alone, or that has been tried, is not tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from kernel_pytorch.core.types import Candidate, Status, Step, Trial, Untried
+from kernel_pytorch.search.propose import Proposals
+
+__all__ = ["Strategy"]
+
+
+class Strategy:
+    """Proposes candidates one at a time and learns from finished trials.
+
+    Args:
+        proposals: What could be done.
+        ceilings: Upper bound of the speed-up by candidate label; absent is unbounded.
+        min_gain: As in the configuration.
+    """
+
+    def __init__(self, proposals: Proposals, ceilings: Mapping[str, float], min_gain: float) -> None:
+        self.proposals = proposals
+        self.ceilings = ceilings
+        self.min_gain = min_gain
+        self.trials: dict[Candidate, Trial] = {}
+        self.pruned: dict[Candidate, str] = {}
+
+    def record(self, trial: Trial) -> None:
+        """Take a finished trial into account."""
+        self.trials[trial.candidate] = trial
+
+    def next(self) -> Candidate | None:
+        """Return the next candidate worth trying, or `None`."""
+        for candidate in self._ordered():
+            if candidate in self.trials or candidate in self.pruned or not candidate.steps:
+                continue
+            why = self._hopeless(candidate)
+            if why:
+                self.pruned[candidate] = why
+                continue
+            return candidate
+        return None
+
+    def untried(self, reason: str) -> tuple[Untried, ...]:
+        """Return what was not tried: pruned candidates with their reason, the others with `reason`."""
+        rest: dict[Candidate, str] = dict(self.pruned)
+        for candidate in self._ordered():
+            if candidate.steps and candidate not in self.trials:
+                rest.setdefault(candidate, self._hopeless(candidate) or reason)
+        return tuple(Untried(c, why) for c, why in rest.items())
+
+    def gain(self, candidate: Candidate) -> float:
+        """Return the measured speed-up of a candidate; 1.0 for the unmodified model, 0.0 where it is not `ok`."""
+        if not candidate.steps:
+            return 1.0
+        trial = self.trials.get(candidate)
+        if trial is None or trial.status is not Status.OK or trial.measurement is None:
+            return 0.0
+        return trial.measurement.ratio.value
+
+    def _ceiling(self, candidate: Candidate) -> float:
+        bound = 1.0
+        for step in candidate.steps:
+            bound *= self.ceilings.get(str(step), float("inf"))
+        return min(bound, self.ceilings.get(candidate.label, float("inf")))
+
+    def _hopeless(self, candidate: Candidate) -> str:
+        for step in candidate.steps:
+            trial = self.trials.get(Candidate((step,)))
+            if len(candidate.steps) > 1 and trial is not None and trial.status is not Status.OK:
+                return f"{step} alone was {trial.status}"
+        ceiling = self._ceiling(candidate)
+        if ceiling < 1.0 + self.min_gain:
+            return f"predicted to gain at most {max(ceiling, 1.0):.3g}x"
+        return ""
+
+    def _ordered(self) -> Iterator[Candidate]:
+        cheap = [s for t, steps in self.proposals.steps if not t.compiles for s in steps]
+        dear = [s for t, steps in self.proposals.steps if t.compiles for s in steps]
+        cheap.sort(key=lambda s: -self._ceiling(Candidate((s,))))
+        yield from (Candidate((s,)) for s in cheap)
+        base = self._best(c for c in self.trials if all(s in cheap for s in c.steps))
+        yield from self._extensions(base, dear)
+        best = self._best(self.trials)
+        yield from self._extensions(best, [s for s in cheap if self.gain(Candidate((s,))) > 1.0])
+        best = self._best(self.trials)
+        yield from self._extensions(best, [*cheap, *dear], replace=True)
+        yield from (Candidate((s,)) for s in dear)
+
+    def _best(self, candidates: Iterable[Candidate]) -> Candidate:
+        best = max(candidates, key=self.gain, default=Candidate())
+        return best if self.gain(best) > 1.0 else Candidate()
+
+    def _extensions(self, base: Candidate, steps: list[Step], *, replace: bool = False) -> Iterator[Candidate]:
+        """Yield `base` with each step added, or put in the place of the step of its group."""
+        groups = {self.proposals.transform_of(s).group: s for s in base.steps}
+        for step in steps:
+            group = self.proposals.transform_of(step).group
+            if step in base.steps or (group in groups and not replace):
+                continue
+            kept = [s for s in base.steps if s is not groups.get(group)]
+            yield self.proposals.combine([*kept, step])

@@ -1,0 +1,282 @@
+"""One candidate, tried: applied to a fresh model, judged, and only then timed beside the unmodified model.
+
+The one place where a broad `except` is right: a candidate, and the user's own model under it, may raise anything.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernel_pytorch.catalog import TRANSFORMS, apply_candidate
+from kernel_pytorch.core.config import KernelPyTorchConfig
+from kernel_pytorch.core.describe import make_optimizer, training_loss
+from kernel_pytorch.core.program import begin, clone_model, ship
+from kernel_pytorch.core.protocols import HardwareManager, Program, Transform
+from kernel_pytorch.core.types import (
+    Candidate,
+    Measurement,
+    Mode,
+    Numerics,
+    NumericsReport,
+    Ratio,
+    Status,
+    Step,
+    Trial,
+)
+from kernel_pytorch.core.workload import Call, Workload
+from kernel_pytorch.measure.sampler import compare
+from kernel_pytorch.measure.stats import paired_ratio
+from kernel_pytorch.validation.numerics import Subject, judge, recompile_limit_is_an_error
+
+__all__ = ["Bench", "TrialRequest", "build", "failure", "prepare_bench", "run_trial"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRequest:
+    """What to try, and how long to measure it.
+
+    Attributes:
+        candidate: The steps.
+        phase: `screen` or `confirm`.
+        seconds: How long the interleaved measurement may take.
+        seed: Seed of the inputs; a confirmation uses one that no screening saw.
+        memo_dir: Where validators share oracle outputs and structural verdicts.
+        level: Of the validation: quick, standard or strict.
+    """
+
+    candidate: Candidate
+    phase: str = "screen"
+    seconds: float = 4.0
+    seed: int = 0
+    memo_dir: str = ""
+    level: str = "standard"
+
+
+@dataclass(slots=True)
+class Bench:
+    """The unmodified model on the device, ready to be compared with candidates.
+
+    Attributes:
+        model: The unmodified model, in the mode of the workload.
+        calls: Inputs by case; in training, what the model is called with inside the loss is not known, and these
+            are the batches.
+        batches: What the input factories returned, placed; what a loss takes.
+    """
+
+    workload: Workload
+    config: KernelPyTorchConfig
+    manager: HardwareManager
+    model: nn.Module
+    calls: Mapping[str, Call]
+    batches: Mapping[str, Any]
+    transforms: Sequence[Transform] = field(default=TRANSFORMS)
+
+    @property
+    def training(self) -> bool:
+        """Whether whole training steps are the workload."""
+        return self.config.mode is Mode.TRAINING
+
+    def loss(self) -> Callable[[Any, Any], torch.Tensor] | None:
+        """Return the training loss; `None` in inference."""
+        return training_loss(self.workload) if self.training else None
+
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, case: str) -> Callable[[], Any]:
+        """Return a function that runs one call, or one whole training step, of a case."""
+        if not self.training:
+            call = self.calls[case]
+
+            def infer() -> Any:
+                with torch.no_grad():
+                    return model(*call.args, **call.kwargs)
+
+            return infer
+        loss, batch = training_loss(self.workload), self.batches[case]
+        assert optimizer is not None
+
+        def train() -> Any:
+            optimizer.zero_grad(set_to_none=True)
+            value = loss(model, batch)
+            value.backward()
+            optimizer.step()
+            return value
+
+        return train
+
+
+def prepare_bench(
+    workload: Workload,
+    config: KernelPyTorchConfig,
+    manager: HardwareManager,
+    *,
+    seed: int,
+    transforms: Sequence[Transform] = TRANSFORMS,
+) -> Bench:
+    """Build the unmodified model and its inputs on the device."""
+    model = workload.model()
+    if workload.target == "":
+        model = clone_model(model)  # it is the user's own object: never run what could change it
+    model = manager.place(model)
+    model.train(config.mode is Mode.TRAINING)
+    batches = {name: manager.place(workload.batch(name, seed)) for name in workload.cases}
+    calls = {name: manager.place(workload.call(name, seed)) for name in workload.cases}
+    return Bench(workload, config, manager, model, calls, batches, transforms)
+
+
+def build(
+    bench: Bench, model: nn.Module, candidate: Candidate, calls: Mapping[str, Call] | None = None
+) -> Program:
+    """Apply a candidate to a model (in place) and return the program, not yet shipped."""
+    optimizer = make_optimizer(bench.workload, model.parameters()) if bench.training else None
+    program = begin(
+        model, bench.config.mode, bench.calls if calls is None else calls, optimizer=optimizer, loss=bench.loss()
+    )
+    return apply_candidate(program, candidate, bench.transforms)
+
+
+def run_trial(bench: Bench, request: TrialRequest) -> Trial:
+    """Try one candidate: apply, judge, then measure beside the unmodified model. Never raises for the candidate."""
+    started = time.perf_counter()
+    program: Program | None = None
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(_deterministic(request.seed))
+            stack.enter_context(recompile_limit_is_an_error())
+            program = build(bench, clone_model(bench.model), request.candidate)
+            shipped = ship(program, bench.model)
+            compile_seconds = _first_call_seconds(bench, program, shipped)
+            report = _judge(bench, request, program)
+            trial = Trial(
+                request.candidate,
+                Status.OK if report.passed else Status.WRONG,
+                reason=_why(report),
+                numerics=report,
+                phase=request.phase,
+            )
+            if report.passed:
+                measured = _measure(bench, request, program, shipped)
+                trial = replace(trial, measurement=replace(measured, compile_seconds=compile_seconds))
+    except Exception as error:  # the candidate, or the user's model under it, raised: that is a result
+        trial = failure(request, error)
+    notes = tuple(dict.fromkeys(program.notes)) if program is not None else ()
+    return replace(trial, notes=notes, seconds=time.perf_counter() - started)
+
+
+def failure(request: TrialRequest, error: Exception) -> Trial:
+    """Return the trial of a candidate that raised."""
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:400]
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    status = Status.OOM if out_of_memory else Status.FAILED
+    return Trial(request.candidate, status, reason=text + where, phase=request.phase)
+
+
+def _deterministic(seed: int) -> AbstractContextManager[None]:
+    stack = ExitStack()
+    stack.enter_context(torch.random.fork_rng(devices=[]))
+    torch.manual_seed(seed)
+    return stack
+
+
+def _first_call_seconds(bench: Bench, program: Program, shipped: nn.Module) -> float:
+    """Run every case twice and return what the first runs took beyond the second: the compile time."""
+    total = 0.0
+    for case in bench.workload.cases:
+        step = _probe_step(bench, shipped, case)
+        first = bench.manager.time_ms(step)
+        total += max(0.0, first - bench.manager.time_ms(step)) / 1e3
+    return total
+
+
+def _probe_step(bench: Bench, model: nn.Module, case: str) -> Callable[[], Any]:
+    """Return a call that leaves the parameters alone: a forward, in training with its backward."""
+    if not bench.training:
+        return bench.step(model, None, case)
+    loss, batch = training_loss(bench.workload), bench.batches[case]
+
+    def forward_backward() -> Any:
+        value = loss(model, batch)
+        value.backward()
+        model.zero_grad(set_to_none=True)
+        return value
+
+    return forward_backward
+
+
+def _judge(bench: Bench, request: TrialRequest, program: Program) -> NumericsReport:
+    by_name = {t.name: t for t in bench.transforms}
+
+    def structural(step: Step) -> bool:
+        return by_name[step.transform].numerics is not Numerics.LOWER_PRECISION
+
+    subject = Subject(
+        workload=bench.workload,
+        candidate=request.candidate,
+        config=bench.config,
+        reference=bench.model,
+        program=program,
+        build=lambda model, candidate, calls: build(bench, model, candidate, calls),
+        place=bench.manager.place,
+        structural=structural,
+        memo_dir=Path(request.memo_dir) if request.memo_dir else None,
+    )
+    return judge(subject, level=request.level)
+
+
+def _why(report: NumericsReport) -> str:
+    worst = report.worst
+    if report.passed or worst is None:
+        return "" if report.passed else "nothing could be compared"
+    what = worst.detail or f"error {worst.error:.3g} over the budget of {worst.budget:.3g}"
+    return f"{worst.gate}: {worst.name}: {what}" + (f" (case {worst.case})" if worst.case else "")
+
+
+def _measure(bench: Bench, request: TrialRequest, program: Program, shipped: nn.Module) -> Measurement:
+    """Time every case interleaved with the unmodified model, and weight them into one series."""
+    weights = bench.workload.weights
+    optimizer = make_optimizer(bench.workload, bench.model.parameters()) if bench.training else None
+    parts: list[tuple[float, Measurement]] = []
+    for case, weight in weights.items():
+        part = compare(
+            bench.manager,
+            bench.step(bench.model, optimizer, case),
+            bench.step(shipped, program.optimizer, case),
+            max_seconds=request.seconds * weight,
+            min_pairs=8,
+            stop=_settled if request.phase == "screen" else None,
+        )
+        parts.append((weight, part))
+    return weighted(parts)
+
+
+def _settled(ratio: Ratio) -> bool:
+    """Screening may stop where the interval is narrow, or where the candidate clearly loses."""
+    return ratio.high - ratio.low < 0.02 * ratio.value or ratio.high < 0.97
+
+
+def weighted(parts: Sequence[tuple[float, Measurement]]) -> Measurement:
+    """Return one measurement of a mix of cases: sample i is the weighted sum of the cases' samples i."""
+    if len(parts) == 1:
+        return parts[0][1]
+    pairs = min(len(m.samples_ms) for _, m in parts)
+    ours = tuple(sum(w * m.samples_ms[i] for w, m in parts) for i in range(pairs))
+    base = tuple(sum(w * m.baseline_samples_ms[i] for w, m in parts) for i in range(pairs))
+    peaks = [m.peak_bytes for _, m in parts if m.peak_bytes is not None]
+    base_peaks = [m.baseline_peak_bytes for _, m in parts if m.baseline_peak_bytes is not None]
+    return Measurement(
+        samples_ms=ours,
+        baseline_samples_ms=base,
+        ratio=paired_ratio(base, ours),
+        peak_bytes=max(peaks, default=None),
+        baseline_peak_bytes=max(base_peaks, default=None),
+        telemetry=parts[0][1].telemetry,
+    )
