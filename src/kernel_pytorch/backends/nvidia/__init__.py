@@ -1,0 +1,1 @@
+"""How to run and time on NVIDIA GPUs."""
