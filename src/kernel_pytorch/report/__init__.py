@@ -1,0 +1,1 @@
+"""What a plan says, for people and for programs: terminal tables, a live display, one HTML page, and JSON."""

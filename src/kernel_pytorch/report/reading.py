@@ -1,0 +1,240 @@
+"""What a plan means, worked out once: the headline, the order of the trials, why each one lost, and the next commands."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kernel_pytorch.core.types import (
+    Candidate,
+    Gate,
+    Measurement,
+    Plan,
+    Prediction,
+    Ratio,
+    Status,
+    Step,
+    Trial,
+)
+from kernel_pytorch.report import figures
+
+__all__ = [
+    "Ceiling",
+    "Rung",
+    "ceilings",
+    "foreign_load",
+    "headline",
+    "ladder",
+    "measured_error",
+    "next_commands",
+    "rank",
+    "sentence",
+    "speedup",
+    "why",
+]
+
+_ORDER = {Status.OK: 0, Status.WRONG: 1, Status.OOM: 2, Status.TIMEOUT: 3, Status.FAILED: 4}
+_FLAGS = {"--resume", "--trust-remote-code", "--quiet", "--help"}
+
+
+def speedup(trial: Trial) -> Ratio | None:
+    """Return the measured speed-up; the unmodified model without samples of its own is 1 by definition."""
+    if trial.measurement is not None:
+        return trial.measurement.ratio
+    return None if trial.candidate.steps else Ratio(1.0, 1.0, 1.0)
+
+
+def measured_error(trial: Trial) -> tuple[float, float] | None:
+    """Return error and budget of what would ship; `None` where no output was compared with the oracle."""
+    report = trial.numerics
+    if report is None or not any(c.gate is Gate.PRECISION for c in report.checks):
+        return None
+    return report.max_rel_error, report.budget
+
+
+def rank(plan: Plan) -> list[Trial]:
+    """Return one trial per candidate, the chosen one first, then by speed-up, then those that are not usable.
+
+    Of several trials of one candidate the last counts: a confirmation on fresh samples replaces the screening.
+    """
+    latest: dict[Candidate, Trial] = {}
+    for trial in plan.evidence:
+        latest[trial.candidate] = trial
+    latest[plan.candidate] = plan.chosen
+
+    def key(trial: Trial) -> tuple[bool, int, float]:
+        ratio = speedup(trial)
+        return trial.candidate != plan.candidate, _ORDER[trial.status], -ratio.value if ratio else 0.0
+
+    return sorted(latest.values(), key=key)
+
+
+def headline(plan: Plan) -> str:
+    """Return the outcome in a few words."""
+    ratio = speedup(plan.chosen)
+    if not plan.candidate.steps or ratio is None:
+        return "The unmodified model is kept"
+    return f"{figures.times(ratio.value)} faster"
+
+
+def sentence(plan: Plan) -> str:
+    """Return the outcome as one sentence: the interval, the error and its budget, or why nothing won."""
+    chosen = plan.chosen
+    ratio = speedup(chosen)
+    if plan.candidate.steps and ratio is not None:
+        parts = [
+            f"{ratio.confidence * 100:.0f} % interval {figures.times(ratio.low).removesuffix('x')} to "
+            f"{figures.times(ratio.high).removesuffix('x')}"
+        ]
+        error = measured_error(chosen)
+        if error is not None:
+            parts.append(f"error {figures.error(error[0])} of {figures.error(error[1])} allowed")
+        elif chosen.numerics is None:
+            parts.append("numerics were not compared")
+        return ", ".join(parts)
+    tried = [t for t in rank(plan) if t.candidate.steps]
+    if not tried:
+        return "no candidate could be tried on this machine; see what was skipped, and the fixes"
+    usable = [t for t in tried if t.status is Status.OK and t.measurement is not None]
+    if not usable:
+        return f"none of the {len(tried)} candidates tried computed the same thing and ran to the end"
+    best = usable[0]
+    assert best.measurement is not None
+    return (
+        f"none of the {len(tried)} candidates tried was reliably faster; the best, {best.candidate.label}, "
+        f"measured {figures.interval(best.measurement.ratio)}"
+    )
+
+
+def why(plan: Plan, trial: Trial) -> str:
+    """Return why a candidate won or lost; what the search wrote, else what its figures say."""
+    if trial.reason:
+        return trial.reason
+    if trial.candidate == plan.candidate:
+        return "chosen" if trial.candidate.steps else "kept: nothing was reliably faster"
+    if not trial.candidate.steps:
+        return "the model as it is; what everything else is compared with"
+    report = trial.numerics
+    if report is not None and not report.passed and report.worst is not None:
+        worst = report.worst
+        return worst.detail or (
+            f"{worst.name}: error {figures.error(worst.error)}, {figures.error(worst.budget)} allowed"
+        )
+    ratio, best = speedup(trial), speedup(plan.chosen)
+    if ratio is None:
+        return f"{trial.status}: no reason was recorded"
+    if ratio.high < 1.0:
+        return "slower than the unmodified model"
+    if ratio.low <= 1.0:
+        return "no measurable difference from the unmodified model"
+    if best is not None and ratio.value < best.value:
+        return f"faster than the unmodified model, but behind the winner ({figures.times(best.value)})"
+    return "faster when screened, but not chosen after confirmation"
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One measured stage on the way from the unmodified model to the chosen one.
+
+    Attributes:
+        added: Steps that this stage adds to the one before; more than one where they were not measured alone.
+        ms: Time after this stage: the confirmed baseline time over the stage's own paired speed-up.
+        ratio: That speed-up; `None` for the baseline.
+    """
+
+    added: tuple[Step, ...]
+    ms: float
+    ratio: Ratio | None
+
+
+def ladder(plan: Plan) -> list[Rung]:
+    """Return the longest chain of measured sub-candidates from the unmodified model to the chosen one."""
+    final = plan.chosen.measurement
+    if final is None or not plan.candidate.steps:
+        return []
+    order = plan.candidate.steps
+    whole = frozenset(order)
+    measured: dict[frozenset[Step], Measurement] = {}
+    for trial in plan.evidence:
+        steps = frozenset(trial.candidate.steps)
+        if trial.measurement is not None and trial.status is Status.OK and steps and steps < whole:
+            measured[steps] = trial.measurement
+    prefixes = {frozenset(order[:n]) for n in range(1, len(order))}
+    best: dict[frozenset[Step], list[frozenset[Step]]] = {}
+    for steps in (*sorted(measured, key=lambda s: (len(s), s not in prefixes)), whole):
+        below = max((chain for key, chain in best.items() if key < steps), key=len, default=[])
+        best[steps] = [*below, steps]
+    baseline_ms = final.baseline_median_ms
+    rungs = [Rung((), baseline_ms, None)]
+    done: frozenset[Step] = frozenset()
+    for steps in best[whole]:
+        ratio = final.ratio if steps == whole else measured[steps].ratio
+        added = tuple(s for s in order if s in steps and s not in done)
+        rungs.append(Rung(added, baseline_ms / ratio.value, ratio))
+        done = steps
+    return rungs
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """An upper bound that was predicted for one step, beside what it measured alone.
+
+    Attributes:
+        kept: Whether the measurement stayed under the bound (its interval reaches below it); `None` if not measured.
+    """
+
+    label: str
+    bound: float
+    measured: Ratio | None
+    kept: bool | None
+
+
+def ceilings(plan: Plan) -> list[Ceiling]:
+    """Return every predicted ceiling with the measurement of that step alone, highest bound first."""
+    alone = {t.candidate.label: t for t in rank(plan) if len(t.candidate.steps) == 1}
+    rows = []
+    for label, bound in bounded(plan.prediction):
+        trial = alone.get(label)
+        ratio = trial.measurement.ratio if trial is not None and trial.measurement is not None else None
+        rows.append(Ceiling(label, bound, ratio, None if ratio is None else ratio.low <= bound))
+    return rows
+
+
+def bounded(prediction: Prediction) -> list[tuple[str, float]]:
+    """Return the predicted ceilings, highest first."""
+    return sorted(prediction.ceilings.items(), key=lambda item: (-item[1], item[0]))
+
+
+def foreign_load(telemetry: Mapping[str, float]) -> Mapping[str, float]:
+    """Return the entries of a measurement's telemetry that tell of other work on the machine."""
+    return {k: v for k, v in telemetry.items() if "load" in k or "foreign" in k or "busy" in k}
+
+
+def next_commands(plan: Plan, directory: str) -> list[tuple[str, str]]:
+    """Return what to run next, as pairs of purpose and command line."""
+    words = shlex.split(plan.command) if plan.command else []
+    target = _positional(words[words.index("optimize") + 1 :]) if "optimize" in words else ""
+    where, what = shlex.quote(directory), shlex.quote(target) if target else "TARGET"
+    commands = [("Reproduce this search", plan.command)] if plan.command else []
+    if plan.candidate.steps:
+        commands += [
+            ("Apply the plan to a fresh model, verify it and time it here", f"kpt apply {where} {what}"),
+            ("Write the plan as plain PyTorch source", f"kpt eject {where} {what}"),
+        ]
+    else:
+        commands.append(("Search longer", f"kpt optimize {what} --budget thorough -o {where}"))
+    commands.append(("Read why each candidate won or lost", f"kpt explain {where}"))
+    return commands
+
+
+def _positional(words: list[str]) -> str:
+    skip = False
+    for word in words:
+        if skip:
+            skip = False
+        elif word.startswith("-"):
+            skip = "=" not in word and word not in _FLAGS
+        else:
+            return word
+    return ""
