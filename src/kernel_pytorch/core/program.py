@@ -103,10 +103,7 @@ def _key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     return (
         spec,
-        *(
-            (tuple(x.shape), x.dtype, x.requires_grad) if isinstance(x, torch.Tensor) else _hashable(x)
-            for x in leaves
-        ),
+        *((tuple(x.shape), x.dtype, x.requires_grad) if isinstance(x, torch.Tensor) else _hashable(x) for x in leaves),
     )
 
 
@@ -151,8 +148,10 @@ class _Guarded:
         if self.program.model.training != self.training:
             return f"the module is in {'train' if self.program.model.training else 'eval'} mode"
         if torch.is_grad_enabled() != self.training:
-            return "gradients are enabled; call it under torch.no_grad()" if not self.training else (
-                "gradients are disabled in a training plan"
+            return (
+                "gradients are enabled; call it under torch.no_grad()"
+                if not self.training
+                else ("gradients are disabled in a training plan")
             )
         if self.known is not None and _key(args, kwargs) not in self.known:
             shapes = [tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -212,8 +211,10 @@ def _checksum(tensor: torch.Tensor) -> tuple[Any, ...]:
     head = (tuple(plain.shape), str(plain.dtype), str(plain.device))
     if plain.is_sparse or plain.is_quantized or plain.is_meta or plain.numel() == 0:
         return head
-    raw = plain.cpu().contiguous().flatten().view(torch.uint8) if not plain.is_complex() else (
-        torch.view_as_real(plain.cpu().resolve_conj()).contiguous().flatten().view(torch.uint8)
+    raw = (
+        plain.cpu().contiguous().flatten().view(torch.uint8)
+        if not plain.is_complex()
+        else (torch.view_as_real(plain.cpu().resolve_conj()).contiguous().flatten().view(torch.uint8))
     )
     return (*head, zlib.crc32(memoryview(raw.numpy())))
 

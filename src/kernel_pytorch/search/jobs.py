@@ -18,25 +18,36 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from kernel_pytorch.catalog import TRANSFORMS
+from kernel_pytorch.measure.isolation import Workers, pack, unpack
 from pydantic import TypeAdapter
 
 from kernel_pytorch.backends import manager_for
-from kernel_pytorch.catalog import TRANSFORMS
 from kernel_pytorch.core.config import KernelPyTorchConfig
 from kernel_pytorch.core.protocols import Transform
 from kernel_pytorch.core.targets import load_target
 from kernel_pytorch.core.types import Status, Trial
 from kernel_pytorch.core.workload import Workload
 from kernel_pytorch.errors import KptError
-from kernel_pytorch.measure.isolation import Workers, pack, unpack
-from kernel_pytorch.search.trial import TrialRequest, prepare_bench, run_trial
+from kernel_pytorch.search.bench import prepare_bench
+from kernel_pytorch.search.trial import TrialRequest, run_trial
 
 __all__ = ["Jobs", "run_job"]
 
 _TRIAL = TypeAdapter(Trial)
 _REQUEST = TypeAdapter(TrialRequest)
 _CONFIG = TypeAdapter(KernelPyTorchConfig)
-_PRELOADED = ("torch", "numpy", "transformers", "torchao", "timm", "torchvision", "safetensors", "scipy", "sympy")
+_PRELOADED = (
+    "torch",
+    "numpy",
+    "transformers",
+    "torchao",
+    "timm",
+    "torchvision",
+    "safetensors",
+    "scipy",
+    "sympy",
+)
 
 
 class Jobs:
@@ -63,7 +74,10 @@ class Jobs:
         if self.isolation == "process":
             custom = self.transforms != TRANSFORMS
             if not self.workload.target or custom:
-                carried = (None if self.workload.target else self.workload, self.transforms if custom else None)
+                carried = (
+                    None if self.workload.target else self.workload,
+                    self.transforms if custom else None,
+                )
                 try:
                     self._packed = str(pack(carried, self._scratch))
                 except KptError as error:
@@ -107,7 +121,11 @@ class Jobs:
         if outcome.status is Status.OK:
             return _TRIAL.validate_json(outcome.value)
         return Trial(
-            request.candidate, outcome.status, reason=outcome.reason, phase=request.phase, seconds=outcome.seconds
+            request.candidate,
+            outcome.status,
+            reason=outcome.reason,
+            phase=request.phase,
+            seconds=outcome.seconds,
         )
 
 
@@ -119,9 +137,7 @@ def run_job(payload: bytes) -> str:
     workload, transforms = unpack(Path(job["packed"])) if job["packed"] else (None, None)
     if workload is None:
         workload = load_target(job["target"], trust_remote_code=config.trust_remote_code)
-    bench = prepare_bench(
-        workload, config, manager_for(), seed=request.seed, transforms=transforms or TRANSFORMS
-    )
+    bench = prepare_bench(workload, config, manager_for(), seed=request.seed, transforms=transforms or TRANSFORMS)
     trial = run_trial(bench, request)
     return _TRIAL.dump_json(trial).decode()
 
@@ -137,5 +153,3 @@ def _preload() -> tuple[str, ...]:
     ]
     ours = [n for n in ("kernel_pytorch.search.jobs",) if importlib.util.find_spec(n)]
     return (*loaded, *ours)
-
-

@@ -49,12 +49,8 @@ def select(transforms: Sequence[Transform], config: KernelPyTorchConfig) -> tupl
     names = {t.name for t in transforms}
     unknown = sorted((set(config.only) | set(config.exclude)) - names)
     if unknown:
-        raise KptError(
-            f"unknown transform {', '.join(map(repr, unknown))}", fix=f"known: {', '.join(sorted(names))}"
-        )
-    return tuple(
-        t for t in transforms if (not config.only or t.name in config.only) and t.name not in config.exclude
-    )
+        raise KptError(f"unknown transform {', '.join(map(repr, unknown))}", fix=f"known: {', '.join(sorted(names))}")
+    return tuple(t for t in transforms if (not config.only or t.name in config.only) and t.name not in config.exclude)
 
 
 def propose(

@@ -112,10 +112,19 @@ class Search:
         return replace(kept, reason="nothing faster was right and confirmed: the unmodified model is kept")
 
     def _explained(self, trial: Trial, chosen: Candidate) -> Trial:
-        return replace(trial, reason=why_not(trial, chosen, self.config.min_gain)) if trial.status is Status.OK else trial
+        return (
+            replace(trial, reason=why_not(trial, chosen, self.config.min_gain)) if trial.status is Status.OK else trial
+        )
 
     def _tell(self, kind: str, message: str, *, trial: Trial | None = None, candidate: Candidate | None = None) -> None:
         elapsed = time.monotonic() - self.started
         self.listen(
-            Event(kind, message, trial=trial, candidate=candidate, elapsed_s=elapsed, budget_s=self.config.budget_s)
+            Event(
+                kind,
+                message,
+                trial=trial,
+                candidate=candidate,
+                elapsed_s=elapsed,
+                budget_s=self.config.budget_s,
+            )
         )

@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_pytorch.core.describe import make_optimizer, training_loss
+from kernel_pytorch.measure.sampler import compare
+from kernel_pytorch.measure.stats import paired_ratio
+from kernel_pytorch.validation.numerics import Subject, judge, recompile_limit_is_an_error
 from torch import nn
 
-from kernel_pytorch.catalog import TRANSFORMS, apply_candidate
-from kernel_pytorch.core.config import KernelPyTorchConfig
-from kernel_pytorch.core.describe import make_optimizer, training_loss
-from kernel_pytorch.core.program import begin, clone_model, ship
-from kernel_pytorch.core.protocols import HardwareManager, Program, Transform
+from kernel_pytorch.core.program import clone_model, ship
+from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import (
     Candidate,
     Measurement,
-    Mode,
     Numerics,
     NumericsReport,
     Ratio,
@@ -32,12 +32,10 @@ from kernel_pytorch.core.types import (
     Step,
     Trial,
 )
-from kernel_pytorch.core.workload import Call, Workload
-from kernel_pytorch.measure.sampler import compare
-from kernel_pytorch.measure.stats import paired_ratio
-from kernel_pytorch.validation.numerics import Subject, judge, recompile_limit_is_an_error
+from kernel_pytorch.search.bench import Bench, build
+from kernel_pytorch.search.layers import layer_times
 
-__all__ = ["Bench", "TrialRequest", "build", "failure", "prepare_bench", "run_trial"]
+__all__ = ["TrialRequest", "failure", "run_trial", "weighted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,87 +59,6 @@ class TrialRequest:
     level: str = "standard"
 
 
-@dataclass(slots=True)
-class Bench:
-    """The unmodified model on the device, ready to be compared with candidates.
-
-    Attributes:
-        model: The unmodified model, in the mode of the workload.
-        calls: Inputs by case; in training, what the model is called with inside the loss is not known, and these
-            are the batches.
-        batches: What the input factories returned, placed; what a loss takes.
-    """
-
-    workload: Workload
-    config: KernelPyTorchConfig
-    manager: HardwareManager
-    model: nn.Module
-    calls: Mapping[str, Call]
-    batches: Mapping[str, Any]
-    transforms: Sequence[Transform] = field(default=TRANSFORMS)
-
-    @property
-    def training(self) -> bool:
-        """Whether whole training steps are the workload."""
-        return self.config.mode is Mode.TRAINING
-
-    def loss(self) -> Callable[[Any, Any], torch.Tensor] | None:
-        """Return the training loss; `None` in inference."""
-        return training_loss(self.workload) if self.training else None
-
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, case: str) -> Callable[[], Any]:
-        """Return a function that runs one call, or one whole training step, of a case."""
-        if not self.training:
-            call = self.calls[case]
-
-            def infer() -> Any:
-                with torch.no_grad():
-                    return model(*call.args, **call.kwargs)
-
-            return infer
-        loss, batch = training_loss(self.workload), self.batches[case]
-        assert optimizer is not None
-
-        def train() -> Any:
-            optimizer.zero_grad(set_to_none=True)
-            value = loss(model, batch)
-            value.backward()
-            optimizer.step()
-            return value
-
-        return train
-
-
-def prepare_bench(
-    workload: Workload,
-    config: KernelPyTorchConfig,
-    manager: HardwareManager,
-    *,
-    seed: int,
-    transforms: Sequence[Transform] = TRANSFORMS,
-) -> Bench:
-    """Build the unmodified model and its inputs on the device."""
-    model = workload.model()
-    if workload.target == "":
-        model = clone_model(model)  # it is the user's own object: never run what could change it
-    model = manager.place(model)
-    model.train(config.mode is Mode.TRAINING)
-    batches = {name: manager.place(workload.batch(name, seed)) for name in workload.cases}
-    calls = {name: manager.place(workload.call(name, seed)) for name in workload.cases}
-    return Bench(workload, config, manager, model, calls, batches, transforms)
-
-
-def build(
-    bench: Bench, model: nn.Module, candidate: Candidate, calls: Mapping[str, Call] | None = None
-) -> Program:
-    """Apply a candidate to a model (in place) and return the program, not yet shipped."""
-    optimizer = make_optimizer(bench.workload, model.parameters()) if bench.training else None
-    program = begin(
-        model, bench.config.mode, bench.calls if calls is None else calls, optimizer=optimizer, loss=bench.loss()
-    )
-    return apply_candidate(program, candidate, bench.transforms)
-
-
 def run_trial(bench: Bench, request: TrialRequest) -> Trial:
     """Try one candidate: apply, judge, then measure beside the unmodified model. Never raises for the candidate."""
     started = time.perf_counter()
@@ -152,7 +69,7 @@ def run_trial(bench: Bench, request: TrialRequest) -> Trial:
             stack.enter_context(recompile_limit_is_an_error())
             program = build(bench, clone_model(bench.model), request.candidate)
             shipped = ship(program, bench.model)
-            compile_seconds = _first_call_seconds(bench, program, shipped)
+            compile_seconds = _first_call_seconds(bench, shipped)
             report = _judge(bench, request, program)
             trial = Trial(
                 request.candidate,
@@ -166,8 +83,13 @@ def run_trial(bench: Bench, request: TrialRequest) -> Trial:
                 trial = replace(trial, measurement=replace(measured, compile_seconds=compile_seconds))
     except Exception as error:  # the candidate, or the user's model under it, raised: that is a result
         trial = failure(request, error)
-    notes = tuple(dict.fromkeys(program.notes)) if program is not None else ()
-    return replace(trial, notes=notes, seconds=time.perf_counter() - started)
+    notes = list(dict.fromkeys(program.notes)) if program is not None else []
+    if request.phase == "confirm" and trial.status is Status.OK:
+        try:
+            trial = replace(trial, layers_ms=layer_times(bench, request.candidate))
+        except Exception as error:  # a step that fits the model need not fit a layer alone
+            notes.append(f"no times by layer: {type(error).__name__}: {error}")
+    return replace(trial, notes=tuple(notes), seconds=time.perf_counter() - started)
 
 
 def failure(request: TrialRequest, error: Exception) -> Trial:
@@ -187,7 +109,7 @@ def _deterministic(seed: int) -> AbstractContextManager[None]:
     return stack
 
 
-def _first_call_seconds(bench: Bench, program: Program, shipped: nn.Module) -> float:
+def _first_call_seconds(bench: Bench, shipped: nn.Module) -> float:
     """Run every case twice and return what the first runs took beyond the second: the compile time."""
     total = 0.0
     for case in bench.workload.cases:

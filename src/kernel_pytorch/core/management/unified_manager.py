@@ -9,26 +9,26 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kernel_pytorch.catalog import TRANSFORMS
+from kernel_pytorch.core.describe import check_model, describe
+from kernel_pytorch.plan.apply import apply
+from kernel_pytorch.search.predict import predict
 from torch import nn
 
 import kernel_pytorch
 from kernel_pytorch.backends import manager_for
-from kernel_pytorch.catalog import TRANSFORMS
 from kernel_pytorch.core.config import KernelPyTorchConfig
-from kernel_pytorch.core.describe import check_model, describe
 from kernel_pytorch.core.program import clone_model, state_digest
 from kernel_pytorch.core.protocols import HardwareManager, Transform
 from kernel_pytorch.core.types import Event, Listener, Plan, Prediction, WorkloadSpec
 from kernel_pytorch.core.workload import Call, Workload
 from kernel_pytorch.errors import ModelError
-from kernel_pytorch.plan.apply import apply
 from kernel_pytorch.plan.store import SearchDirectory
 from kernel_pytorch.report.html import write_html
+from kernel_pytorch.search.bench import Bench, prepare_bench
 from kernel_pytorch.search.jobs import Jobs
-from kernel_pytorch.search.predict import predict
 from kernel_pytorch.search.propose import Proposals, propose
 from kernel_pytorch.search.run import Search
-from kernel_pytorch.search.trial import Bench, prepare_bench
 
 __all__ = ["Result", "UnifiedManager"]
 
@@ -75,9 +75,7 @@ class UnifiedManager:
         transforms: What may be tried; the catalog by default.
     """
 
-    def __init__(
-        self, config: KernelPyTorchConfig | None = None, transforms: Sequence[Transform] = TRANSFORMS
-    ) -> None:
+    def __init__(self, config: KernelPyTorchConfig | None = None, transforms: Sequence[Transform] = TRANSFORMS) -> None:
         self.config = config or KernelPyTorchConfig()
         self.transforms = tuple(transforms)
         self.hardware_manager: HardwareManager = manager_for()
@@ -109,7 +107,7 @@ class UnifiedManager:
             KptError: The workload, the directory or the configuration is unusable.
         """
         started = time.monotonic()
-        say = listen or (lambda event: None)
+        say = listen or (lambda _: None)
         with ExitStack() as stack:
             say(Event("detected", self.hardware_manager.spec.name, device=self.hardware_manager.spec))
             bench, spec = self._bench(workload)
@@ -122,7 +120,7 @@ class UnifiedManager:
             jobs = stack.enter_context(Jobs(workload, self.config, self.transforms))
             if jobs.why_not_isolated:
                 say(Event("note", f"trials run in this process: {jobs.why_not_isolated}"))
-            journal = store.append if store else (lambda trial: None)
+            journal = store.append if store else (lambda _: None)
             search = Search(jobs, proposals, prediction, self.config, say, journal, finished, started)
             outcome = search.run()
             if state_digest(bench.model) != digest:
@@ -158,6 +156,13 @@ class UnifiedManager:
         proposals = propose(self.transforms, spec, device, self.config)
         model = clone_model(bench.model)
         prediction = predict(
-            bench.workload, model, bench.calls, spec, device, self.hardware_manager, self.transforms, proposals.singles
+            bench.workload,
+            model,
+            bench.calls,
+            spec,
+            device,
+            self.hardware_manager,
+            self.transforms,
+            proposals.singles,
         )
         return prediction, proposals
