@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from kernel_pytorch.core.types import Plan, Trial
+from kernel_pytorch.core.config import KernelPyTorchConfig
+from kernel_pytorch.core.types import DeviceSpec, Plan, Trial, WorkloadSpec
 from kernel_pytorch.errors import OutputDirectoryError, PlanError
 from kernel_pytorch.plan import schema
 
@@ -130,11 +131,15 @@ class SearchDirectory:
                 file.close()
         self._journal = self._lock = None
 
-    def begin(self, identity: Mapping[str, Any], *, resume: bool = False) -> tuple[Trial, ...]:
-        """Open the journal and return the trials that an interrupted search of the same identity finished.
+    def begin(
+        self, workload: WorkloadSpec, device: DeviceSpec, config: KernelPyTorchConfig, *, resume: bool = False
+    ) -> tuple[Trial, ...]:
+        """Open the journal and return the trials that an interrupted search of the same thing finished.
 
         Args:
-            identity: What must be equal for old trials to count: workload fingerprint, device, configuration.
+            workload: What is searched for; old trials count only for the same fingerprint and input signatures.
+            device: Where; the same hardware and software.
+            config: How; everything but the budget must be the same (a longer budget is what resuming is for).
             resume: Whether to continue; else a new journal begins and `trials.previous.jsonl` keeps the old.
 
         Raises:
@@ -142,19 +147,19 @@ class SearchDirectory:
         """
         assert self._lock is not None, "enter the directory first"
         path = self.path / "trials.jsonl"
-        header = {"journal_version": JOURNAL_VERSION, **schema.plain(dict(identity))}
+        header = _identity(workload, device, config)
         try:
             if resume and path.exists():
                 trials, good_bytes = self._replay(path, header)
                 os.truncate(path, good_bytes)
                 self._journal = path.open("ab")
                 if not good_bytes:
-                    self._append(json.dumps(header, allow_nan=False))
+                    self._write_line(json.dumps(header, allow_nan=False))
                 return trials
             if path.exists():
                 path.replace(path.with_name("trials.previous.jsonl"))
             self._journal = path.open("ab")
-            self._append(json.dumps(header, allow_nan=False))
+            self._write_line(json.dumps(header, allow_nan=False))
         except OSError as error:
             raise _unwritable(path, error) from error
         return ()
@@ -186,18 +191,18 @@ class SearchDirectory:
             raise OutputDirectoryError(str(error), fix="run without --resume") from error
         return trials, len(complete)
 
-    def record(self, trial: Trial) -> None:
-        """Append a finished trial; it survives a kill of this process once this returns.
+    def append(self, trial: Trial) -> None:
+        """Journal a finished trial; it survives a kill of this process once this returns.
 
         Raises:
             OutputDirectoryError: The journal cannot be written.
         """
         try:
-            self._append(schema.trial_dumps(trial))
+            self._write_line(schema.trial_dumps(trial))
         except OSError as error:
             raise _unwritable(self.path / "trials.jsonl", error) from error
 
-    def _append(self, line: str) -> None:
+    def _write_line(self, line: str) -> None:
         assert self._journal is not None, "begin() first"
         self._journal.write(line.encode() + b"\n")
         self._journal.flush()
@@ -223,6 +228,22 @@ class SearchDirectory:
         except OSError as error:
             raise _unwritable(self.artifacts, error) from error
         return self.artifacts
+
+
+def _identity(workload: WorkloadSpec, device: DeviceSpec, config: KernelPyTorchConfig) -> dict[str, Any]:
+    asked = {k: v for k, v in config.as_json().items() if k != "budget_s"}
+    header: dict[str, Any] = schema.plain(
+        {
+            "journal_version": JOURNAL_VERSION,
+            "model": workload.fingerprint,
+            "inputs": workload.signatures,
+            "weights": workload.weights,
+            "device": device.key,
+            "software": device.software,
+            "config": asked,
+        }
+    )
+    return header
 
 
 def _difference(key: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
