@@ -1,0 +1,102 @@
+"""A search ends in a plan whatever its candidates do: they win, lose, lie, crash, hang or eat the memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernel_pytorch import KernelPyTorchConfig, UnifiedManager, Workload
+from kernel_pytorch.core.types import Status
+from kernel_pytorch.errors import KptError
+
+from .planted import Planted, Sleepy, sleepy_inputs
+
+WORKLOAD = Workload(Sleepy, sleepy_inputs, name="sleepy")
+
+
+def search(*transforms, **changes):
+    config = KernelPyTorchConfig(**{"budget_s": 12.0, **changes})
+    return UnifiedManager(config, transforms).optimize(WORKLOAD)
+
+
+def by_label(plan):
+    return {t.candidate.label: t for t in plan.evidence if t.phase == "screen"}
+
+
+@pytest.mark.parametrize("isolation", ["process", "none"])
+def test_the_faster_is_chosen_and_confirmed_on_fresh_samples(isolation):
+    result = search(Planted("faster", "faster"), Planted("slower", "slower"), isolation=isolation)
+    plan = result.plan
+    assert plan.candidate.label == "faster"
+    assert plan.chosen.phase == "confirm"
+    assert plan.chosen.measurement.ratio.low > 1.3
+    assert {t.isolation for t in plan.evidence} == {isolation}
+    assert by_label(plan)["slower"].reason == "slower than the unmodified model"
+    x = sleepy_inputs(3)
+    with torch.no_grad():
+        assert torch.equal(result.model(x), result.original(x))
+    assert result.original.delay_ms == 4.0
+
+
+def test_a_wrong_candidate_never_wins_however_fast():
+    plan = search(Planted("wrong", "wrong")).plan
+    assert plan.candidate.label == "unmodified"
+    trial = by_label(plan)["wrong"]
+    assert trial.status is Status.WRONG
+    assert trial.measurement is None, "no time is printed on red"
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "word"),
+    [
+        ("segfault", Status.FAILED, "SIGSEGV"),
+        ("kill", Status.OOM, "SIGKILL"),
+        ("raise", Status.FAILED, "the layer is on fire"),
+        ("hang", Status.TIMEOUT, ""),
+        ("eat", Status.OOM, ""),
+    ],
+)
+def test_a_trial_that_dies_is_a_trial_and_the_search_goes_on(what, status, word):
+    plan = search(
+        Planted("bad", what),
+        Planted("faster", "faster"),
+        trial_timeout_s=6.0,
+        memory_limit_bytes=2 * 1024**3,
+        budget_s=20.0,
+    ).plan
+    trial = by_label(plan)["bad"]
+    assert trial.status in {status, Status.FAILED} if what == "kill" else trial.status is status
+    assert word in trial.reason
+    assert "\n" not in trial.reason
+    assert plan.candidate.label == "faster"
+
+
+def test_an_unknown_transform_is_misuse():
+    with pytest.raises(KptError, match="nosuch"):
+        search(Planted("faster", "faster"), only=("nosuch",))
+
+
+def test_what_was_excluded_is_not_tried():
+    plan = search(Planted("faster", "faster"), Planted("slower", "slower"), exclude=("faster",)).plan
+    assert set(by_label(plan)) == {"unmodified", "slower"}
+
+
+def test_the_budget_is_kept_and_what_was_not_tried_is_said():
+    transforms = [Planted(f"slow_{i}", "slower") for i in range(40)]
+    plan = search(*transforms, budget_s=5.0).plan
+    assert plan.search_seconds < 15.0
+    assert any("budget" in u.reason for u in plan.untried)
+
+
+def test_a_mix_of_shapes_is_weighted():
+    from kernel_pytorch import Case
+
+    mix = {
+        "small": Case(lambda seed: torch.ones(2, 16), weight=3.0),
+        "large": Case(lambda seed: torch.ones(32, 16), weight=1.0),
+    }
+    config = KernelPyTorchConfig(budget_s=10.0)
+    plan = UnifiedManager(config, (Planted("faster", "faster"),)).optimize(Workload(Sleepy, mix)).plan
+    assert plan.workload.weights == {"small": 0.75, "large": 0.25}
+    assert plan.candidate.label == "faster"
+    assert plan.chosen.measurement.baseline_median_ms == pytest.approx(4.0, rel=0.5)
