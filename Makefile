@@ -4,9 +4,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PIP_ARGS ?=
+PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := dev,demo,serve,timm
+EXTRAS := dev,demo,serve
 DEMO_OUT ?= out/minilm
 SAMPLE ?=
 
@@ -32,7 +33,7 @@ check: setup  ## lint, types and layers, without running anything
 	$(BIN)/lint-imports
 
 test: check  ## check, then every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 demo: setup  ## optimise all-MiniLM-L6-v2 and write the report
 	$(BIN)/kpt optimize examples/minilm.py:workload -o $(DEMO_OUT)

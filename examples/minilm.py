@@ -105,7 +105,7 @@ def workload() -> Workload:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Optimise the model and show that two sentences of one meaning are still nearer than two of different ones."""
+    """Optimise the model, and show that sentences of one meaning still embed nearer than others."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--smoke", action="store_true", help="only run the unmodified model")
     smoke = parser.parse_args(argv).smoke
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         result = kp.optimize(workload(), kp.KernelPyTorchConfig.for_inference(budget_s=120))
         best = result.model
         print(f"{result.plan.candidate}: {result.plan.chosen.measurement.ratio.value:.2f}x")
-    texts = ["A dog runs through the park.", "The puppy is running in a garden.", "Interest rates rose again."]
+    texts = ["A dog runs through the park.", "The puppy is running in a garden.", "Interest rates rose."]
     batch = tokenize(texts + [""] * (BATCH - len(texts)))
     with torch.no_grad():
         dog, puppy, rates = embed(best(**batch), batch["attention_mask"])[: len(texts)]
