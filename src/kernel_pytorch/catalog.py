@@ -1,0 +1,59 @@
+"""Every transform, in the order in which the steps of a candidate are applied."""
+
+from __future__ import annotations
+
+import difflib
+
+from kernel_pytorch.core.protocols import Program, Transform
+from kernel_pytorch.core.types import Candidate, Step
+from kernel_pytorch.errors import CandidateError
+from kernel_pytorch.transforms.compile import Compile
+from kernel_pytorch.transforms.dtype import Dtype
+
+__all__ = ["TRANSFORMS", "apply_candidate", "find", "group_of"]
+
+TRANSFORMS: tuple[Transform, ...] = (
+    Dtype(),
+    Compile(),
+)
+
+
+def find(name: str) -> Transform:
+    """Return the transform of a name.
+
+    Raises:
+        CandidateError: There is none, with the names that look like it.
+    """
+    for transform in TRANSFORMS:
+        if transform.name == name:
+            return transform
+    names = [t.name for t in TRANSFORMS]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    raise CandidateError(
+        f"no transform is called {name!r}",
+        fix=f"did you mean {' or '.join(near)}?" if near else f"one of: {', '.join(names)}",
+    )
+
+
+def group_of(step: Step) -> str:
+    """Return the group of a step's transform; a candidate holds at most one step of each group."""
+    return find(step.transform).group
+
+
+def apply_candidate(program: Program, candidate: Candidate) -> Program:
+    """Apply the steps of a candidate in the order of the catalog and return the program.
+
+    Raises:
+        CandidateError: An unknown transform, two steps of one group, or a step that does not fit this program.
+    """
+    order = [t.name for t in TRANSFORMS]
+    steps = [(find(step.transform), step) for step in candidate.steps]
+    groups = [transform.group for transform, _ in steps]
+    twice = {g for g in groups if groups.count(g) > 1}
+    if twice:
+        raise CandidateError(f"{candidate} has more than one step of the group {', '.join(sorted(twice))}")
+    for transform, step in sorted(steps, key=lambda pair: order.index(pair[0].name)):
+        if program.mode not in transform.modes:
+            raise CandidateError(f"{transform.name} is not for {program.mode.value}")
+        program = transform.apply(program, step)
+    return program

@@ -1,0 +1,1 @@
+"""The optimisations: one file each, named in `kernel_pytorch.catalog`."""
