@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from kernel_pytorch.core.workload import Call
 from kernel_pytorch.errors import ModelError
 
 __all__ = ["place"]
@@ -29,10 +32,20 @@ def place(tree: Any, device: torch.device) -> Any:
 def _place(leaf: Any, device: torch.device) -> Any:
     if isinstance(leaf, torch.Tensor):
         # Inputs that want a gradient stay leaves on the device.
-        moved = leaf.detach().to(device).requires_grad_(leaf.requires_grad) if leaf.device != device else leaf
-        return moved
+        return leaf if leaf.device == device else leaf.detach().to(device).requires_grad_(leaf.requires_grad)
     if isinstance(leaf, nn.Module):
         return _place_module(leaf, device)
+    if isinstance(leaf, Call):
+        return Call(place(leaf.args, device), place(dict(leaf.kwargs), device))
+    if isinstance(leaf, collections.UserDict):  # a Hugging Face BatchEncoding is one
+        moved = copy.copy(leaf)
+        moved.data = place(leaf.data, device)
+        return moved
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        moved = copy.copy(leaf)
+        for field in dataclasses.fields(leaf):
+            object.__setattr__(moved, field.name, place(getattr(leaf, field.name), device))
+        return moved
     return leaf
 
 
