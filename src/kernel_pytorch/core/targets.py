@@ -24,7 +24,7 @@ from typing import Any
 from kernel_pytorch.core.workload import Case, Workload, _Constant, as_workload
 from kernel_pytorch.errors import InputsError, KptError, TargetError
 
-__all__ = ["load_target", "near_names", "user_code"]
+__all__ = ["load_target", "near_names", "one_line", "user_code"]
 
 _FORMS = "expected path/file.py:factory, package.module:factory, hf:MODEL, timm:NAME, torchvision:NAME or file.pt2"
 
@@ -78,7 +78,7 @@ def user_code(what: str, kind: type[KptError] = TargetError) -> Iterator[None]:
     except KptError:
         raise
     except (Exception, SystemExit) as error:
-        raise kind(f"{what} raised {_one_line(error)}", user_traceback=_user_traceback(error)) from error
+        raise kind(f"{what} raised {one_line(error)}", user_traceback=_user_traceback(error)) from error
 
 
 def near_names(name: str, known: Iterable[str]) -> str:
@@ -87,7 +87,8 @@ def near_names(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return the class and the first line of what an error says."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
@@ -238,8 +239,9 @@ class _Watched:
 def _watched(workload: Workload, where: str) -> Workload:
     if isinstance(workload.model, _Constant):
         return workload
-    if not callable(workload.model):
-        kind = type(workload.model).__name__
+    given: Any = workload.model
+    if not callable(given):
+        kind = type(given).__name__
         raise TargetError(f"Workload.model {where} is a {kind}; expected a function that returns a module")
     cases: Mapping[str, Case] = workload.cases
     for name, case in cases.items():
