@@ -1,0 +1,183 @@
+"""Times two functions side by side: ABBA pairs, so that drift hits both alike, until the difference is known."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kernel_pytorch.core.types import Measurement, Ratio
+from kernel_pytorch.measure.stats import paired_ratio
+
+if TYPE_CHECKING:
+    from kernel_pytorch.core.protocols import HardwareManager
+
+__all__ = ["compare"]
+
+_SAMPLE_MS = 2.0
+"""A sample of a shorter function is the mean of as many calls as fill this."""
+_MAX_CALLS = 1000
+_WARM_UP_SHARE = 0.25
+_MAX_WARM_UP = 24
+_SETTLED = 0.05
+_LOOK_GROWTH = 1.4
+
+
+@contextmanager
+def _no_gc() -> Iterator[None]:
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@dataclass(slots=True)
+class _Series:
+    """One function, and how many of its calls make a sample."""
+
+    manager: HardwareManager
+    fn: Callable[[], Any]
+    calls: int = 1
+
+    def _repeat(self) -> Any:
+        result = None
+        for _ in range(self.calls):
+            result = self.fn()
+        return result
+
+    def sample(self) -> float:
+        """Return milliseconds of one call."""
+        with _no_gc():
+            return self.manager.time_ms(self.fn if self.calls == 1 else self._repeat) / self.calls
+
+
+def _settled(times: list[float]) -> bool:
+    """Return whether the last three samples no longer fall."""
+    if len(times) < 4:
+        return False
+    return min(times[-2:]) >= (1.0 - _SETTLED) * min(times[:-2])
+
+
+def _warm_up(series: tuple[_Series, _Series], deadline: float) -> int:
+    """Run both in turn until neither gets faster, and choose how many calls make a sample; return the calls made."""
+    times: tuple[list[float], list[float]] = ([], [])
+    calls = 0
+    while calls < 2 * _MAX_WARM_UP:
+        for one, seen in zip(series, times, strict=True):
+            seen.append(one.sample())
+            calls += 1
+        if all(map(_settled, times)) or (calls >= 4 and time.monotonic() > deadline):
+            break
+    for one, seen in zip(series, times, strict=True):
+        shortest = min(seen)
+        one.calls = min(_MAX_CALLS, math.ceil(_SAMPLE_MS / shortest)) if shortest > 0.0 else _MAX_CALLS
+    return calls
+
+
+@dataclass(slots=True)
+class _ForeignLoad:
+    """CPU time that other processes took meanwhile, in cores."""
+
+    wall: float = 0.0
+    busy: float = 0.0
+    own: float = 0.0
+
+    @classmethod
+    def now(cls) -> _ForeignLoad:
+        import psutil
+
+        total = psutil.cpu_times()
+        idle = total.idle + getattr(total, "iowait", 0.0) + getattr(total, "guest", 0.0)
+        busy = sum(total) - idle - getattr(total, "guest_nice", 0.0)
+        own = sum(os.times()[:4])
+        for child in psutil.Process().children(recursive=True):
+            try:
+                spent = child.cpu_times()
+            except psutil.Error:
+                continue
+            own += spent.user + spent.system
+        return cls(time.monotonic(), busy, own)
+
+    def cores_since(self, before: _ForeignLoad) -> float:
+        """Return the mean number of cores that others kept busy."""
+        wall = max(1e-3, self.wall - before.wall)
+        return max(0.0, (self.busy - before.busy) - (self.own - before.own)) / wall
+
+
+def compare(
+    manager: HardwareManager,
+    baseline: Callable[[], Any],
+    candidate: Callable[[], Any],
+    *,
+    max_seconds: float,
+    min_pairs: int = 8,
+    max_pairs: int = 200,
+    confidence: float = 0.95,
+    stop: Callable[[Ratio], bool] | None = None,
+) -> Measurement:
+    """Time two functions side by side and return raw samples with their paired ratio.
+
+    Pairs run in ABBA order. Both functions are warmed up until they get no faster; of a function shorter than 2 ms a
+    sample is the mean of several calls. Garbage collection is off within a sample.
+
+    Args:
+        manager: Times and locks the device.
+        baseline: One call (step) of the unmodified model.
+        candidate: One call of the candidate; compiled already, if its compile time is not to count as warm-up.
+        max_seconds: Limit of sampling and warm-up together. It goes before `min_pairs`: one ABBA block always runs.
+        min_pairs: Pairs before `stop` is asked.
+        max_pairs: Pairs at most.
+        confidence: Of the interval that `stop` and the caller see.
+        stop: Asked for the ratio so far after `min_pairs` and then each time their number has grown by 40 %;
+            sampling ends when it returns True. Without it, sampling ends at `max_pairs` or `max_seconds`.
+
+    Returns:
+        The measurement; `compile_seconds` is left 0.0. Telemetry holds `foreign_load_cores`, `warm_up_calls`,
+        `calls_per_sample`, `baseline_calls_per_sample` and what the manager tells at the end.
+    """
+    series = (_Series(manager, baseline), _Series(manager, candidate))
+    times: tuple[list[float], list[float]] = ([], [])
+    with manager.exclusive():
+        began = time.monotonic()
+        warm_up = _warm_up(series, began + _WARM_UP_SHARE * max_seconds)
+        gc.collect()
+        load = _ForeignLoad.now()
+        next_look = max(2, min_pairs)
+        while len(times[0]) < max(2, max_pairs):
+            forward = len(times[0]) % 2 == 0
+            for i in (0, 1) if forward else (1, 0):
+                times[i].append(series[i].sample())
+            pairs = len(times[0])
+            if pairs % 2:
+                continue
+            if time.monotonic() - began > max_seconds:
+                break
+            if stop is not None and pairs >= next_look:
+                if stop(paired_ratio(*times, confidence=confidence)):
+                    break
+                next_look = math.ceil(pairs * _LOOK_GROWTH)
+        foreign = _ForeignLoad.now().cores_since(load)
+        peaks = manager.peak_bytes(baseline), manager.peak_bytes(candidate)
+        telemetry: Mapping[str, float] = {
+            **manager.telemetry(),
+            "foreign_load_cores": foreign,
+            "warm_up_calls": float(warm_up),
+            "calls_per_sample": float(series[1].calls),
+            "baseline_calls_per_sample": float(series[0].calls),
+        }
+    return Measurement(
+        samples_ms=tuple(times[1]),
+        baseline_samples_ms=tuple(times[0]),
+        ratio=paired_ratio(*times, confidence=confidence),
+        peak_bytes=peaks[1],
+        baseline_peak_bytes=peaks[0],
+        telemetry=telemetry,
+    )

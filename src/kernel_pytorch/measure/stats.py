@@ -1,0 +1,154 @@
+"""Statistics of interleaved times: an interval that covers, and decisions that survive being asked again and again.
+
+A search asks "is it faster?" for every candidate and again after every few samples. So a decision is made in two
+steps, each with its own samples: *screening* may stop early and must reach `SCREEN_CONFIDENCE`; *confirmation* takes
+a number of samples fixed beforehand and must reach `CONFIRM_CONFIDENCE`. What a plan reports is the 95 % interval of
+the confirmation. `benchmarks/interval_coverage.py` simulates both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from kernel_pytorch.core.types import Ratio
+
+__all__ = [
+    "CONFIRM_CONFIDENCE",
+    "SCREEN_CONFIDENCE",
+    "cannot_win",
+    "confirmed",
+    "is_win",
+    "paired_ratio",
+    "screen_stop",
+    "tied",
+]
+
+SCREEN_CONFIDENCE = 0.999
+"""Confidence of the intervals that screening looks at, several times for each of a dozen candidates."""
+CONFIRM_CONFIDENCE = 0.999
+"""Confidence at which fresh samples must exclude a ratio of one before a model is changed."""
+
+_SHORTEST_MS = 1e-6
+"""Times are not resolved below a nanosecond; a time of zero counts as this."""
+
+Array = npt.NDArray[np.float64]
+
+
+@lru_cache(maxsize=256)
+def _rank_cutoff(n: int, alpha: float) -> int:
+    """Return the largest k with P(signed-rank statistic < k) <= alpha / 2; 0 where even the extreme is likelier."""
+    if n <= 60:
+        counts = np.ones(1)
+        for i in range(1, n + 1):
+            grown = np.zeros(counts.size + i)
+            grown[: counts.size] += counts
+            grown[i:] += counts
+            counts = grown / 2.0
+        return int(np.searchsorted(np.cumsum(counts), alpha / 2.0, side="right"))
+    from scipy.stats import norm
+
+    mean, sd = n * (n + 1) / 4.0, math.sqrt(n * (n + 1) * (2 * n + 1) / 24.0)
+    return max(0, math.floor(mean + float(norm.ppf(alpha / 2.0)) * sd))
+
+
+def _dependence(deviations: Array) -> float:
+    """Return by how much dependence between pairs widens the interval: at least 1, at most 3.
+
+    The long-run standard deviation over the plain one, of ranks (so that spikes do not hide the dependence), from an
+    autoregression of order one with its small-sample bias taken off.
+    """
+    n = deviations.size
+    if n < 8:
+        return 1.0
+    ranks = np.argsort(np.argsort(deviations)).astype(float)
+    ranks -= ranks.mean()
+    r = float((ranks[:-1] * ranks[1:]).sum() / max(1e-12, float((ranks * ranks).sum())))
+    r = min(0.8, (r * n + 1.0) / (n - 3.0))
+    return math.sqrt((1.0 + r) / (1.0 - r)) if r > 0.0 else 1.0
+
+
+def paired_ratio(
+    baseline_ms: Sequence[float], candidate_ms: Sequence[float], *, confidence: float = 0.95
+) -> Ratio:
+    """Return the speed-up of paired times with an interval.
+
+    The estimate is the Hodges-Lehmann centre of the log ratios of the pairs, the interval inverts Wilcoxon's
+    signed-rank test (exact up to 60 pairs), widened where neighbouring pairs resemble each other. With too few
+    pairs for the confidence asked, it is never narrower than Student's interval.
+
+    Args:
+        baseline_ms: Times of the unmodified model; sample i was taken beside sample i of the other.
+        candidate_ms: Times of the candidate.
+        confidence: Probability with which the interval covers the true ratio.
+
+    Returns:
+        Baseline over candidate. One pair bounds nothing: its interval is (0, inf).
+
+    Raises:
+        ValueError: Different lengths, or no pair at all.
+    """
+    if len(baseline_ms) != len(candidate_ms) or not baseline_ms:
+        raise ValueError(f"need pairs of times, got {len(baseline_ms)} and {len(candidate_ms)}")
+    base = np.maximum(np.asarray(baseline_ms, dtype=float), _SHORTEST_MS)
+    cand = np.maximum(np.asarray(candidate_ms, dtype=float), _SHORTEST_MS)
+    logs = np.log(base) - np.log(cand)
+    n = logs.size
+    rows, columns = np.triu_indices(n)
+    walsh = np.sort((logs[rows] + logs[columns]) / 2.0)
+    centre = float(np.median(walsh))
+    if n == 1:
+        return Ratio(math.exp(centre), 0.0, math.inf, confidence)
+    cutoff = _rank_cutoff(n, 1.0 - confidence)
+    if cutoff >= 1:
+        low, high = float(walsh[cutoff - 1]), float(walsh[walsh.size - cutoff])
+    else:
+        from scipy.stats import t
+
+        half = float(t.ppf((1.0 + confidence) / 2.0, n - 1)) * float(logs.std(ddof=1)) / math.sqrt(n)
+        low, high = min(float(logs.min()), centre - half), max(float(logs.max()), centre + half)
+    wider = _dependence(logs - centre)
+    return Ratio(
+        math.exp(centre), math.exp(centre + (low - centre) * wider), math.exp(centre + (high - centre) * wider), confidence
+    )
+
+
+def is_win(ratio: Ratio, min_gain: float) -> bool:
+    """Return whether the gain is both large enough and significant: at least `min_gain`, with 1.0 excluded."""
+    return ratio.value >= 1.0 + min_gain and ratio.low > 1.0
+
+
+def cannot_win(ratio: Ratio, min_gain: float) -> bool:
+    """Return whether the interval excludes a gain of `min_gain`: more samples are not worth their time."""
+    return ratio.high < 1.0 + min_gain
+
+
+def tied(a: Ratio, b: Ratio) -> bool:
+    """Return whether two candidates, each compared with the baseline, cannot be told apart: the simpler is taken."""
+    return a.low <= b.high and b.low <= a.high
+
+
+def screen_stop(min_gain: float, *, precision: float = 0.03) -> Callable[[Ratio], bool]:
+    """Return the `stop` of `sampler.compare` for screening; pass `confidence=SCREEN_CONFIDENCE` with it.
+
+    It stops at a candidate that cannot win, and at a win whose interval is narrower than `precision` (relative) or
+    lies above twice the gain asked for.
+    """
+
+    def stop(ratio: Ratio) -> bool:
+        if cannot_win(ratio, min_gain):
+            return True
+        return is_win(ratio, min_gain) and (
+            ratio.high <= ratio.low * (1.0 + precision) or ratio.low >= 1.0 + 2.0 * min_gain
+        )
+
+    return stop
+
+
+def confirmed(baseline_ms: Sequence[float], candidate_ms: Sequence[float], min_gain: float) -> bool:
+    """Return whether fresh samples of a fixed number confirm a win, at `CONFIRM_CONFIDENCE`."""
+    return is_win(paired_ratio(baseline_ms, candidate_ms, confidence=CONFIRM_CONFIDENCE), min_gain)
