@@ -1,0 +1,107 @@
+"""Judge a candidate factor by factor, because a low-precision budget hides bugs.
+
+Gates in order, each run only where those before it passed: contract, structure (fp64, perturbed state, varied inputs),
+kernel (quantised operands), precision (what ships against fp64), training (gradients and a short loss curve).
+`docs/numerics.md` explains each budget.
+"""
+
+from __future__ import annotations
+
+from kernel_pytorch.core.types import Check, NumericsReport
+from kernel_pytorch.validation.contract import module_checks, sequence_checks
+from kernel_pytorch.validation.oracle import Oracle
+from kernel_pytorch.validation.precision import budgets, precision_checks
+from kernel_pytorch.validation.subject import Memo, Observed, Subject, observe
+
+__all__ = ["Subject", "judge"]
+
+
+class _Report:
+    """Gathers checks gate by gate."""
+
+    def __init__(self) -> None:
+        self.checks: list[Check] = []
+        self.unchecked: list[str] = []
+        self.cosine = 1.0
+        self.noise = 0.0
+        self.diverged_at = ""
+
+    @property
+    def failed(self) -> bool:
+        return any(not c.passed for c in self.checks)
+
+    def done(self) -> NumericsReport:
+        ordered = sorted(self.checks, key=lambda c: -(c.error / c.budget if c.budget else c.error))
+        return NumericsReport(
+            checks=tuple(ordered), unchecked=tuple(dict.fromkeys(self.unchecked)), diverged_at=self.diverged_at,
+            cosine=self.cosine, noise=self.noise,
+        )
+
+
+def judge(subject: Subject, *, level: str = "standard") -> NumericsReport:
+    """Compare a candidate with the unmodified model.
+
+    Args:
+        subject: The candidate applied, the unmodified model, and how to apply steps to other copies.
+        level: `quick` (contract and precision), `standard` (every gate), `strict` (more inputs and seeds).
+
+    Raises:
+        ModelError: The unmodified model itself raises or gives NaN.
+    """
+    if level not in ("quick", "standard", "strict"):
+        raise ValueError(f"level must be quick, standard or strict, got {level!r}")
+    report = _Report()
+    memo = Memo(subject.memo_dir)
+    config = subject.config
+    oracle = Oracle(
+        subject.workload, subject.reference, config.mode, subject.place, memo, seed=config.seed, level=level
+    )
+    low = [s for s in subject.candidate.steps if not subject.structural(s)]
+    seen = _contract(subject, oracle, report, exact=not low)
+    if not report.failed:
+        _precision(subject, oracle, report, seen, low)
+    report.unchecked += oracle.unchecked
+    return report.done()
+
+
+def _indices(oracle: Oracle, case: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the calls of a case with distinct inputs, and the pairs with equal ones."""
+    first: dict[int, int] = {}
+    pairs = []
+    for i, (_, seed) in enumerate(oracle.calls(case)):
+        if seed in first:
+            pairs.append((first[seed], i))
+        else:
+            first[seed] = i
+    return list(first.values()), pairs
+
+
+def _contract(subject: Subject, oracle: Oracle, report: _Report, *, exact: bool) -> dict[str, Observed]:
+    config, model = subject.config, subject.program.model
+    report.checks += module_checks(model, subject.reference, config.mode, same_dtypes=exact)
+    seen: dict[str, Observed] = {}
+    for case in subject.workload.cases:
+        want = oracle.observed(case)
+        noise = oracle.noise(case)
+        report.noise = max(report.noise, noise)
+        seen[case] = observe(model, oracle.calls(case), config.mode)
+        _, repeats = _indices(oracle, case)
+        report.checks += sequence_checks(
+            seen[case], want, case, repeats=repeats, tolerance=1e-4 if exact else config.max_error, noise=noise
+        )
+    return seen
+
+
+def _precision(
+    subject: Subject, oracle: Oracle, report: _Report, seen: dict[str, Observed], low: list
+) -> None:
+    for case, got in seen.items():
+        distinct, _ = _indices(oracle, case)
+        limits = budgets(
+            oracle, case, distinct, low, max_error=subject.config.max_error, noise=report.noise
+        )
+        checks, cosine = precision_checks(got, oracle, case, distinct, limits)
+        report.checks += checks
+        report.cosine = min(report.cosine, cosine)
+
+

@@ -1,0 +1,220 @@
+"""What is known of the unmodified model: its own outputs and side effects, its fp64 outputs, and what plain casting costs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from kernel_pytorch.core.program import clone_call, clone_model
+from kernel_pytorch.core.types import Mode
+from kernel_pytorch.core.workload import Call, Workload
+from kernel_pytorch.errors import InputsError, ModelError
+from kernel_pytorch.validation.compare import Flat, compare_values, flatten
+from kernel_pytorch.validation.lift import lift_tree, lifted, lifted_model
+from kernel_pytorch.validation.subject import Memo, Observed, attempt, observe, run
+from kernel_pytorch.validation.vary import redrawn
+
+__all__ = ["Oracle", "batch_calls", "digest", "identity", "loss_of"]
+
+_SEEDS = {"quick": 2, "standard": 3, "strict": 5}
+_FIRST_SEED = 1000
+"""Added to the configured seed: inputs that judge are not those that calibrated or traced."""
+
+
+def identity(model: nn.Module) -> str:
+    """Return a hash of a model's class, and of its state's names, shapes and dtypes."""
+    parts = [type(model).__qualname__]
+    parts += [f"{k} {tuple(v.shape)} {v.dtype}" for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def digest(tree: Any) -> str:
+    """Return a hash of the values of a tree of inputs."""
+    flat = flatten(tree)
+    total = hashlib.sha256(repr((flat.kinds, flat.scalars)).encode())
+    for value in flat.tensors.values():
+        plain = torch.view_as_real(value) if value.is_complex() else value
+        total.update(repr((value.shape, value.dtype)).encode())
+        total.update(plain.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def loss_of(workload: Workload) -> Callable[[Any, Any], torch.Tensor]:
+    """Return `loss(model, batch)`: the workload's, or the one read from the model's output."""
+    if workload.loss is not None:
+        return workload.loss
+
+    def from_output(model: Any, batch: Any) -> torch.Tensor:
+        from kernel_pytorch.core.workload import as_call
+
+        call = as_call(batch)
+        out = model(*call.args, **call.kwargs)
+        loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", out)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise InputsError("the model returns no scalar loss", fix="give the workload a loss(model, batch)")
+        return loss
+
+    return from_output
+
+
+class _CaptureError(BaseException):
+    """Ends a forward once its arguments are known."""
+
+
+def batch_calls(workload: Workload, reference: nn.Module, mode: Mode, batch: Any) -> Call:
+    """Return the arguments the model is called with for a batch: those that the loss function passes on."""
+    from kernel_pytorch.core.workload import as_call
+
+    if mode is Mode.INFERENCE or workload.loss is None:
+        return as_call(batch)
+    caught: list[Call] = []
+
+    class _Probe(nn.Module):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            caught.append(Call(args, kwargs))
+            raise _CaptureError
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(reference, name)
+
+    try:
+        workload.loss(_Probe(), batch)
+    except _CaptureError:
+        return clone_call(caught[0])
+    raise InputsError("the loss function does not call the model")
+
+
+class Oracle:
+    """The unmodified model, asked as little as possible: answers are kept in the memo.
+
+    Attributes:
+        unchecked: What could not be computed, and why.
+        exact_dtype: `float64`, or `float32` where the model has operators without fp64.
+    """
+
+    def __init__(  # noqa: D107
+        self, workload: Workload, reference: nn.Module, mode: Mode, place: Callable[[Any], Any], memo: Memo,
+        *, seed: int = 0, level: str = "standard",
+    ) -> None:
+        self.workload, self.reference, self.mode, self.place, self.memo = workload, reference, mode, place, memo
+        self.seed, self.level = seed, level
+        self.identity = f"{identity(reference)} {mode} {reference.training}"
+        self.unchecked: list[str] = []
+        self.exact_dtype = "float64"
+        self._calls: dict[str, list[tuple[Call, int]]] = {}
+
+    def batch(self, case: str, index: int) -> Any:
+        """Return the batch of a case under the judging seed `index`, on the device."""
+        return self.place(self.workload.batch(case, self.seed + _FIRST_SEED + index))
+
+    def call(self, case: str, index: int) -> Call:
+        """Return the arguments of one judging call; redrawn where the factory ignores its seed."""
+        def at(i: int) -> Call:
+            return batch_calls(self.workload, self.reference, self.mode, self.batch(case, i))
+
+        call = at(index)
+        if index and digest((call.args, dict(call.kwargs))) == digest_of(at(0)):
+            return redrawn(call, self.seed + index)
+        return call
+
+    def calls(self, case: str) -> list[tuple[Call, int]]:
+        """Return the sequence of judging calls of a case, each with its random seed: some inputs come twice."""
+        if case not in self._calls:
+            first = case == next(iter(self.workload.cases))
+            count = _SEEDS[self.level] if first else 1
+            distinct = [(self.call(case, i), self.seed + i) for i in range(count)]
+            repeats = distinct[:2] if first else distinct
+            self._calls[case] = [*distinct[:2], *repeats, *distinct[2:]]
+        return self._calls[case]
+
+    def observed(self, case: str) -> Observed:
+        """Return what the unmodified model does in the sequence of judging calls.
+
+        Raises:
+            ModelError: It raises, or gives NaN.
+        """
+        calls = self.calls(case)
+        key = f"observed {self.identity} {case} {self.level} {[(digest_of(c), s) for c, s in calls]}"
+        seen = Observed.from_dict(
+            self.memo.get(key, lambda: observe(clone_model(self.reference), calls, self.mode).as_dict())
+        )
+        if seen.error:
+            raise ModelError(f"the unmodified model raises at {seen.error}")
+        for i, flat in enumerate(seen.outputs):
+            for path, value in flat.tensors.items():
+                if (value.is_floating_point() or value.is_complex()) and bool(value.isnan().any()):
+                    raise ModelError(f"the unmodified model gives NaN in {path} at call {i + 1} of case {case!r}")
+        return seen
+
+    def noise(self, case: str) -> float:
+        """Return the worst error between two runs of the unmodified model on one input and seed."""
+        calls = self.calls(case)
+        key = f"noise {self.identity} {case} {digest_of(calls[0][0])}"
+
+        def compute() -> float:
+            again = observe(clone_model(self.reference), calls[:1], self.mode)
+            errors = compare_values(again.outputs[0], self.observed(case).outputs[0])
+            return max((e.row for e in errors.values()), default=0.0)
+
+        return float(self.memo.get(key, compute))
+
+    def exact(self, case: str, index: int) -> Flat:
+        """Return the outputs of the judging call `index` of a case in fp64, hard-coded casts lifted."""
+        call, seed = self.calls(case)[index]
+        key = f"exact {self.identity} {digest_of(call)} {seed}"
+
+        def compute() -> dict[str, Any]:
+            flat, error = attempt(lambda: self._lifted(call, seed))
+            return {"flat": None if error else flat.as_dict(), "error": error}
+
+        found = self.memo.get(key, compute)
+        if found["flat"] is None:
+            self.exact_dtype = "float32"
+            self._note(f"the model does not run in fp64 ({found['error']}); its own precision is the reference")
+            return self.observed(case).outputs[index]
+        return Flat(**found["flat"])
+
+    def _lifted(self, call: Call, seed: int) -> Flat:
+        model = lifted_model(clone_model(self.reference))
+        with lifted():
+            return flatten(run(model, lift_tree(clone_call(call)), self.mode, seed)).frozen()
+
+    def cast(self, case: str, index: int, dtype: torch.dtype) -> Flat | None:
+        """Return the outputs under plain casting of parameters and inputs, outputs cast back; `None` if it raises."""
+        call, seed = self.calls(case)[index]
+        key = f"cast {dtype} {self.identity} {digest_of(call)} {seed}"
+
+        def compute() -> dict[str, Any]:
+            flat, error = attempt(lambda: self._cast(call, seed, dtype))
+            return {"flat": None if error else flat.as_dict(), "error": error}
+
+        found = self.memo.get(key, compute)
+        return None if found["flat"] is None else Flat(**found["flat"])
+
+    def _cast(self, call: Call, seed: int, dtype: torch.dtype) -> Flat:
+        if self.mode is Mode.TRAINING:
+            device = next((p.device.type for p in self.reference.parameters()), "cpu")
+            with torch.autocast(device, dtype):
+                return flatten(run(clone_model(self.reference), clone_call(call), self.mode, seed)).frozen()
+
+        def low(leaf: Any) -> Any:
+            return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+        model = clone_model(self.reference)
+        model._apply(low)  # noqa: SLF001
+        args, kwargs = pytree.tree_map(low, (call.args, dict(call.kwargs)))
+        return flatten(run(model, clone_call(Call(args, kwargs)), self.mode, seed)).frozen()
+
+    def _note(self, text: str) -> None:
+        if text not in self.unchecked:
+            self.unchecked.append(text)
+
+
+def digest_of(call: Call) -> str:
+    """Return a hash of the values of a call."""
+    return digest((call.args, dict(call.kwargs)))

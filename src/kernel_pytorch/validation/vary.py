@@ -1,0 +1,205 @@
+"""Other inputs and other parameters on which a structural step must compute the same as the unmodified model.
+
+Nothing is known of a model but its example inputs, so a variation is a guess; the reference decides whether it is a
+valid call. On a freshly initialised model biases are 0 and gammas 1, and dropping them all is bit-identical: hence the
+perturbed state.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from kernel_pytorch.core.workload import Call
+
+__all__ = ["perturb", "redrawn", "resized", "variations", "zero_dropout"]
+
+_FEW = 3
+"""Integer or buffer tensors with at most this many distinct values are masks, not data."""
+
+
+def perturb(model: nn.Module, seed: int) -> None:
+    """Move every floating-point parameter and buffer of the state away from special values, in place.
+
+    Matrices move by a tenth of their scale, vectors also by an absolute 0.1 (so that biases of 0 and gammas of 1 become
+    visible); positive buffers (running variances) stay positive; constant masks stay as they are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {id(p) for p in model.parameters()}
+    seen: set[int] = set()
+    for tensor in model.state_dict(keep_vars=True).values():
+        if not isinstance(tensor, torch.Tensor) or id(tensor) in seen or not _is_plain_float(tensor):
+            continue
+        seen.add(id(tensor))
+        with torch.no_grad():
+            value = tensor.detach()
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+            if id(tensor) in parameters:
+                value.copy_(_moved(value, noise))
+            elif not _is_mask(value):
+                value.copy_(value * torch.exp(0.2 * noise) if bool((value > 0).all()) else _moved(value, noise))
+
+
+def _moved(value: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    scale = float(value.double().square().mean().sqrt())
+    if value.dim() >= 2:
+        columns = value[0].numel()
+        return value + noise * (0.1 * scale if scale else 0.5 / columns**0.5)
+    return value + noise * (0.1 * scale + 0.1)
+
+
+def _is_plain_float(tensor: torch.Tensor) -> bool:
+    plain = type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)
+    return plain and tensor.is_floating_point() and tensor.layout is torch.strided and tensor.numel() > 0
+
+
+def _is_mask(value: torch.Tensor) -> bool:
+    if not bool(value.isfinite().all()) or value.abs().max() > 1e30:
+        return True
+    head = value.flatten()[:65536]
+    distinct = int(head.unique().numel())
+    return 1 < distinct <= _FEW and value.numel() > 2 * distinct
+
+
+def zero_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of a model to zero, in place: those of modules, and float attributes so named."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):  # noqa: SLF001
+            module.p = 0.0
+            continue
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and 0.0 < value < 1.0 and ("drop" in name):
+                setattr(module, name, 0.0)
+
+
+def redrawn(call: Call, seed: int) -> Call:
+    """Return a call with other values of the same kind.
+
+    Floats get the same mean and deviation by jitter inside the range seen; integers
+    with more than a few distinct values are drawn from the values seen in the tensor; masks are permuted by row.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows: dict[int, torch.Tensor] = {}
+
+    def fresh(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.is_nested or leaf.layout is not torch.strided or not leaf.numel():
+            return leaf
+        plain = leaf.detach()
+        if plain.is_floating_point() or plain.is_complex():
+            noise = torch.randn(plain.shape, generator=generator, dtype=torch.float32)
+            if plain.is_floating_point() and (_is_mask(plain) or plain.numel() == 1):
+                return leaf
+            scale = plain.std() if plain.numel() > 1 else plain.abs().mean()
+            near = plain + 0.3 * scale * noise.to(plain.device).to(plain.dtype)
+            if plain.is_floating_point():
+                near = near.clamp(plain.min(), plain.max())
+            return near.requires_grad_(leaf.requires_grad)
+        if plain.dim() == 0:
+            return leaf
+        values = plain.unique()
+        if values.numel() > _FEW and plain.dim() > 1:
+            first = plain[:, :1]
+            pick = torch.randint(values.numel(), plain.shape, generator=generator)
+            out = values[pick.to(plain.device)]
+            if bool((first == first.flatten()[0]).all()):
+                out[:, :1] = first
+            return out
+        order = rows.setdefault(plain.shape[0], torch.randperm(plain.shape[0], generator=generator))
+        return plain[order.to(plain.device)].clone()
+
+    args, kwargs = pytree.tree_map(fresh, (call.args, dict(call.kwargs)))
+    return Call(args, kwargs)
+
+
+def _tensors(call: Call) -> list[torch.Tensor]:
+    leaves = pytree.tree_leaves((call.args, dict(call.kwargs)))
+    return [x for x in leaves if isinstance(x, torch.Tensor) and not x.is_nested and x.layout is torch.strided]
+
+
+def _batch_size(call: Call) -> int:
+    sizes = Counter(x.shape[0] for x in _tensors(call) if x.dim() >= 1)
+    return sizes.most_common(1)[0][0] if sizes else 0
+
+
+def _length(call: Call) -> tuple[int, bool]:
+    """Return the size that looks like a sequence length, and whether it is an image side instead."""
+    tensors = _tensors(call)
+    tokens = Counter(x.shape[1] for x in tensors if x.dim() >= 2 and not x.is_floating_point() and not x.is_complex())
+    if tokens:
+        return tokens.most_common(1)[0][0], False
+    frames = Counter(x.shape[1] for x in tensors if x.dim() == 3)
+    if frames:
+        return frames.most_common(1)[0][0], False
+    sides = Counter(x.shape[-1] for x in tensors if x.dim() >= 4)
+    return (sides.most_common(1)[0][0], True) if sides else (0, False)
+
+
+def _resize(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    have = tensor.shape[dim]
+    if size <= have:
+        return tensor.narrow(dim, 0, size)
+    index = torch.arange(size, device=tensor.device) % have
+    return tensor.index_select(dim, index)
+
+
+def resized(call: Call, *, batch: int | None = None, length: int | None = None) -> Call:
+    """Return a call with another batch size and sequence length (image side), cut or repeated; history dropped."""
+    old_batch = _batch_size(call)
+    old_length, image = _length(call)
+
+    def fit(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.is_nested or leaf.layout is not torch.strided:
+            return leaf
+        out = leaf.detach()
+        if batch is not None and out.dim() >= 1 and out.shape[0] == old_batch:
+            out = _resize(out, 0, batch)
+        if length is not None and old_length:
+            first = 2 if image else 1
+            dims = range(first, out.dim())
+            if out.is_floating_point() and not image:
+                dims = range(1, min(2, out.dim()))
+            for dim in dims:
+                if out.shape[dim] == old_length:
+                    out = _resize(out, dim, length)
+        return out.clone(memory_format=torch.preserve_format).requires_grad_(leaf.requires_grad)
+
+    args, kwargs = pytree.tree_map(fit, (call.args, dict(call.kwargs)))
+    return Call(args, kwargs)
+
+
+def variations(level: str, seed: int, call: Call) -> list[tuple[str, Call]]:
+    """Return named variations of a call: values, batch sizes, lengths; small, for they run in fp64.
+
+    Args:
+        level: `quick`, `standard` or `strict`.
+        seed: Of the values.
+        call: An example call at the workload's own shapes.
+    """
+    batch = _batch_size(call)
+    length, _ = _length(call)
+    shapes: dict[str, tuple[int | None, int | None]] = {}
+    if batch > 1:
+        shapes["2 rows"] = (2, None)
+        shapes[f"batch {batch + 1}, length {max(1, length // 2)}"] = (batch + 1, max(1, length // 2) if length else None)
+        shapes["1 row"] = (1, None)
+    else:
+        shapes["own shape"] = (None, None)
+        if batch == 1:
+            shapes["batch 3"] = (3, None)
+    if length > 1:
+        small = min(batch, 2) or None
+        shapes[f"length {length + 3}"] = (small, length + 3)
+        shapes[f"length {length - 1}"] = (small, length - 1)
+    if level == "strict":
+        shapes[f"batch {2 * batch}"] = (2 * batch, max(1, length // 4) if length else None)
+        if length > 1:
+            shapes[f"length {2 * length}"] = (1 if batch else None, 2 * length)
+    if level == "quick":
+        shapes = dict(list(shapes.items())[:2])
+    make: Callable[[int | None, int | None], Call] = lambda b, n: resized(call, batch=b, length=n)  # noqa: E731
+    return [(name, redrawn(make(b, n), seed + i)) for i, (name, (b, n)) in enumerate(shapes.items())]
