@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 
 from kernel_pytorch.core.protocols import Program, Transform
 from kernel_pytorch.core.types import Candidate, Step
@@ -18,16 +19,16 @@ TRANSFORMS: tuple[Transform, ...] = (
 )
 
 
-def find(name: str) -> Transform:
+def find(name: str, transforms: Sequence[Transform] = TRANSFORMS) -> Transform:
     """Return the transform of a name.
 
     Raises:
         CandidateError: There is none, with the names that look like it.
     """
-    for transform in TRANSFORMS:
+    for transform in transforms:
         if transform.name == name:
             return transform
-    names = [t.name for t in TRANSFORMS]
+    names = [t.name for t in transforms]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     raise CandidateError(
         f"no transform is called {name!r}",
@@ -40,14 +41,21 @@ def group_of(step: Step) -> str:
     return find(step.transform).group
 
 
-def apply_candidate(program: Program, candidate: Candidate) -> Program:
+def apply_candidate(
+    program: Program, candidate: Candidate, transforms: Sequence[Transform] = TRANSFORMS
+) -> Program:
     """Apply the steps of a candidate in the order of the catalog and return the program.
+
+    Args:
+        program: What to apply them to.
+        candidate: The steps.
+        transforms: What the steps may name, in order of application.
 
     Raises:
         CandidateError: An unknown transform, two steps of one group, or a step that does not fit this program.
     """
-    order = [t.name for t in TRANSFORMS]
-    steps = [(find(step.transform), step) for step in candidate.steps]
+    order = [t.name for t in transforms]
+    steps = [(find(step.transform, transforms), step) for step in candidate.steps]
     groups = [transform.group for transform, _ in steps]
     twice = {g for g in groups if groups.count(g) > 1}
     if twice:
