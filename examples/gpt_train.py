@@ -56,9 +56,7 @@ class GPT(nn.Module):
     Takes byte values `(batch, length)` int64, returns logits `(batch, length, 256)`.
     """
 
-    def __init__(
-        self, width: int = WIDTH, heads: int = HEADS, layers: int = LAYERS, context: int = CONTEXT
-    ) -> None:
+    def __init__(self, width: int = WIDTH, heads: int = HEADS, layers: int = LAYERS, context: int = CONTEXT) -> None:
         super().__init__()
         self.embed = nn.Embedding(BYTES, width)
         self.position = nn.Parameter(torch.empty(context, width))

@@ -69,22 +69,32 @@ def passages() -> tuple[str, ...]:
 
 @cache
 def tokenizer():
-    """Return the model's tokenizer, padding and truncating to the fixed length of the workload."""
+    """Return the model's tokenizer, neither padding nor truncating."""
     from tokenizers import Tokenizer
 
     loaded = Tokenizer.from_file(str(model_directory() / "tokenizer.json"))
-    loaded.enable_truncation(TOKENS)
-    loaded.enable_padding(length=TOKENS)
+    loaded.no_padding()
+    loaded.no_truncation()
     return loaded
 
 
-def tokenize(texts: list[str]) -> dict[str, torch.Tensor]:
-    """Return the model's keyword arguments for some texts, each `(len(texts), TOKENS)` int64."""
-    encoded = tokenizer().encode_batch(texts)
-    return {
-        "input_ids": torch.tensor([e.ids for e in encoded]),
-        "attention_mask": torch.tensor([e.attention_mask for e in encoded]),
-    }
+def tokenize(texts: list[str], *, batch: int | None = None, tokens: int | None = TOKENS) -> dict[str, torch.Tensor]:
+    """Return the model's keyword arguments for some texts, each `(batch, tokens)` int64.
+
+    Args:
+        texts: Texts; rows beyond them are empty texts.
+        batch: Number of rows; `None` is as many as there are texts.
+        tokens: Length of a row: longer texts are cut, shorter ones padded. `None` pads to the longest text.
+    """
+    rows = [e.ids for e in tokenizer().encode_batch(texts + [""] * ((batch or len(texts)) - len(texts)))]
+    length = tokens or max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        kept = row if len(row) <= length else [*row[: length - 1], row[-1]]  # the end marker stays
+        ids[i, : len(kept)] = torch.tensor(kept)
+        mask[i, : len(kept)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def inputs(seed: int) -> dict[str, torch.Tensor]:
@@ -117,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         best = result.model
         print(f"{result.plan.candidate}: {result.plan.chosen.measurement.ratio.value:.2f}x")
     texts = ["A dog runs through the park.", "The puppy is running in a garden.", "Interest rates rose."]
-    batch = tokenize(texts + [""] * (BATCH - len(texts)))
+    batch = tokenize(texts, batch=BATCH)
     with torch.no_grad():
         dog, puppy, rates = embed(best(**batch), batch["attention_mask"])[: len(texts)]
     print(f"dog/puppy {float(dog @ puppy):.3f}  dog/rates {float(dog @ rates):.3f}")
