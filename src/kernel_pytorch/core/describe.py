@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -81,7 +82,11 @@ def describe(
     """
     case = next(iter(workload.cases))
     counter = _CountOperators()
-    _run(workload, private_copy(model, mode), case, calls, mode, batches, watch=counter)
+    try:
+        _run(workload, private_copy(model, mode), case, calls, mode, batches, watch=counter)
+    except InputsError:
+        # What refuses a dispatch mode but runs without one has operators that cannot be counted.
+        _run(workload, private_copy(model, mode), case, calls, mode, batches)
     parameters = list(model.parameters())
     sizes: collections.Counter[str] = collections.Counter()
     for parameter in parameters:
@@ -217,6 +222,9 @@ def _run(
     watch: TorchDispatchMode | None = None,
 ) -> Any:
     """Run one case from a fixed seed; in training, return the loss with its gradients."""
+    batch = None
+    if mode is Mode.TRAINING:
+        batch = workload.batch(case, 0) if batches is None else batches[case]
     devices = [t.device for t in model.parameters() if t.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
@@ -225,7 +233,6 @@ def _run(
                 if mode is Mode.INFERENCE:
                     with torch.no_grad():
                         return model(*calls[case].args, **calls[case].kwargs)
-                batch = workload.batch(case, 0) if batches is None else batches[case]
                 return _loss_and_gradients(training_loss(workload), model, batch)
         except KptError:
             raise
@@ -233,8 +240,16 @@ def _run(
             raise InputsError(
                 f"the model raises on the example inputs of case {case!r}: {type(error).__name__}: {error}",
                 fix="call model(*args, **kwargs) with them yourself; they must fit the model's signature",
-                user_traceback="".join(traceback.format_exception(error)),
+                user_traceback="".join(traceback.format_exception(error.with_traceback(_users_part(error)))),
             ) from error
+
+
+def _users_part(error: Exception) -> TracebackType | None:
+    """Return the traceback from the first frame outside this file on."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return trace
 
 
 def _loss_and_gradients(loss: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> tuple[Any, ...]:

@@ -1,0 +1,57 @@
+"""Where the time of the unmodified model goes, by class of operators."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from kernel_pytorch.search.operators import kind_of
+
+__all__ = ["time_shares"]
+
+_STEP = "kernel_pytorch_step"
+
+
+def time_shares(step: Callable[[], Any], synchronize: Callable[[], None], vendor: str) -> dict[str, float]:
+    """Run a step once under the profiler and return the share of its time by class of operators; they sum to one.
+
+    On a CPU an operator's own time is without what it calls. On a GPU the kernels' time counts for the operator
+    that launched them, and what the wall time has beyond them is overhead.
+    """
+    on_gpu = vendor != "cpu"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    synchronize()
+    with profile(activities=activities, acc_events=True) as recorded, record_function(_STEP):
+        step()
+        synchronize()
+    events = list(recorded.events() or [])
+    whole_us = next(event.cpu_time_total for event in events if event.name == _STEP)
+    time_us: collections.Counter[str] = collections.Counter()
+    for event in events:
+        library, _, name = event.name.partition("::")
+        if not name or library == "autograd":
+            continue
+        own_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        kind = kind_of(event.name)
+        if kind != "overhead" or on_gpu:
+            time_us["optimizer" if _in_optimizer(event) else kind] += max(0.0, own_us)
+    busy_us = sum(time_us.values())
+    total_us = max(whole_us, busy_us)
+    if total_us <= 0:
+        return {"overhead": 1.0}
+    shares = {kind: us / total_us for kind, us in time_us.items() if us > 0}
+    shares["overhead"] = shares.get("overhead", 0.0) + (total_us - busy_us) / total_us
+    return shares
+
+
+def _in_optimizer(event: Any) -> bool:
+    parent = event
+    while parent is not None:
+        if parent.name.startswith("Optimizer.step"):
+            return True
+        parent = parent.cpu_parent
+    return False
