@@ -22,20 +22,42 @@ from kernel_pytorch.report import figures
 __all__ = [
     "Ceiling",
     "Rung",
+    "bounded",
     "ceilings",
-    "foreign_load",
     "headline",
     "ladder",
+    "layers",
     "measured_error",
     "next_commands",
     "rank",
     "sentence",
+    "short",
+    "short_step",
     "speedup",
+    "untried_by_reason",
     "why",
 ]
 
 _ORDER = {Status.OK: 0, Status.WRONG: 1, Status.OOM: 2, Status.TIMEOUT: 3, Status.FAILED: 4}
 _FLAGS = {"--resume", "--trust-remote-code", "--quiet", "--help"}
+
+
+def short_step(step: Step) -> str:
+    """Return a step as people read it: `dtype(bfloat16)`, where a word says it without the parameter's name."""
+    words = []
+    for name, value in step.params.items():
+        if value is True:
+            words.append(name)
+        elif isinstance(value, str):
+            words.append(value)
+        else:
+            words.append(f"{name}={value}")
+    return f"{step.transform}({', '.join(words)})" if words else step.transform
+
+
+def short(candidate: Candidate) -> str:
+    """Return a candidate as people read it: `dtype(bfloat16) + compile(default)`."""
+    return " + ".join(map(short_step, candidate.steps)) or "unmodified"
 
 
 def speedup(trial: Trial) -> Ratio | None:
@@ -102,7 +124,7 @@ def sentence(plan: Plan) -> str:
     best = usable[0]
     assert best.measurement is not None
     return (
-        f"none of the {len(tried)} candidates tried was reliably faster; the best, {best.candidate.label}, "
+        f"none of the {len(tried)} candidates tried was reliably faster; the best, {short(best.candidate)}, "
         f"measured {figures.interval(best.measurement.ratio)}"
     )
 
@@ -130,7 +152,7 @@ def why(plan: Plan, trial: Trial) -> str:
         return "no measurable difference from the unmodified model"
     if best is not None and ratio.value < best.value:
         return f"faster than the unmodified model, but behind the winner ({figures.times(best.value)})"
-    return "faster when screened, but not chosen after confirmation"
+    return "faster when screened, but not chosen"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +215,22 @@ class Ceiling:
 def ceilings(plan: Plan) -> list[Ceiling]:
     """Return every predicted ceiling with the measurement of that step alone, highest bound first."""
     alone = {t.candidate.label: t for t in rank(plan) if len(t.candidate.steps) == 1}
+    known = (plan.candidate, *(t.candidate for t in plan.evidence), *(u.candidate for u in plan.untried))
+    names = {str(step): short_step(step) for candidate in known for step in candidate.steps}
     rows = []
     for label, bound in bounded(plan.prediction):
         trial = alone.get(label)
         ratio = trial.measurement.ratio if trial is not None and trial.measurement is not None else None
-        rows.append(Ceiling(label, bound, ratio, None if ratio is None else ratio.low <= bound))
+        rows.append(Ceiling(names.get(label, label), bound, ratio, None if ratio is None else ratio.low <= bound))
     return rows
+
+
+def layers(plan: Plan) -> Mapping[str, tuple[float, float]]:
+    """Return time by top-level module before and after, of the last trial of the chosen candidate that has it."""
+    for trial in (plan.chosen, *reversed(plan.evidence)):
+        if trial.candidate == plan.candidate and trial.candidate.steps and trial.layers_ms:
+            return trial.layers_ms
+    return {}
 
 
 def bounded(prediction: Prediction) -> list[tuple[str, float]]:
@@ -206,9 +238,12 @@ def bounded(prediction: Prediction) -> list[tuple[str, float]]:
     return sorted(prediction.ceilings.items(), key=lambda item: (-item[1], item[0]))
 
 
-def foreign_load(telemetry: Mapping[str, float]) -> Mapping[str, float]:
-    """Return the entries of a measurement's telemetry that tell of other work on the machine."""
-    return {k: v for k, v in telemetry.items() if "load" in k or "foreign" in k or "busy" in k}
+def untried_by_reason(plan: Plan) -> list[tuple[str, list[str]]]:
+    """Return what was not tried as pairs of reason and candidates, in the order of the plan."""
+    groups: dict[str, list[str]] = {}
+    for entry in plan.untried:
+        groups.setdefault(entry.reason, []).append(short(entry.candidate))
+    return list(groups.items())
 
 
 def next_commands(plan: Plan, directory: str) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -34,6 +34,7 @@ _STYLES = {
 }
 _SHOWN_UNTRIED = 8
 _SHOWN_CHECKS = 20
+_WIDE = 96
 
 
 def styled_status(status: Status) -> Text:
@@ -47,16 +48,17 @@ def render_plan(plan: Plan, console: Console) -> None:
     style = "bold green" if won else "bold"
     console.print(Text.assemble((reading.headline(plan), style), f": {reading.sentence(plan)}"))
     console.print(_key_facts(plan))
-    _section(console, "What was tried")
-    console.print(_trials(plan))
+    _section(console, "What was tried (* is what the plan applies)")
+    console.print(_trials(plan, wide=console.width >= _WIDE))
     losers = [t for t in reading.rank(plan) if t.candidate != plan.candidate and t.candidate.steps]
     if losers:
         _section(console, "Why the others lost")
         for trial in losers:
-            _item(console, Text.assemble((trial.candidate.label, "bold")), reading.why(plan, trial), status=trial.status)
+            name = Text(reading.short(trial.candidate), style="bold")
+            _item(console, name, reading.why(plan, trial), status=trial.status)
     if plan.untried:
         _section(console, f"Not tried ({len(plan.untried)})")
-        for reason, labels in _by_reason((u.candidate.label, u.reason) for u in plan.untried):
+        for reason, labels in reading.untried_by_reason(plan):
             _item(console, Text(_shortened(labels), style="bold"), reason)
     if plan.skipped:
         _section(console, "Skipped on this machine or model")
@@ -131,7 +133,7 @@ def render_prediction(
             table.add_row(Text(label), figures.times(bound))
         console.print(table)
     for note in prediction.notes:
-        console.print(Text(f"- {note}"))
+        console.print(_hanging(Text(f"- {note}"), "  "))
     if skipped:
         _section(console, "Skipped on this machine or model")
         for entry in skipped:
@@ -183,7 +185,7 @@ def _key_facts(plan: Plan) -> Table:
         facts.add_row("", "hardware support not verified: its contract suite has not run on this kind of device")
     measurement = plan.chosen.measurement
     if plan.candidate.steps:
-        facts.add_row("chosen", plan.candidate.label)
+        facts.add_row("chosen", reading.short(plan.candidate))
     if measurement is not None and plan.candidate.steps:
         before, after = measurement.baseline_median_ms, measurement.median_ms
         facts.add_row("time", f"{figures.milliseconds(before)} -> {figures.milliseconds(after)}")
@@ -198,14 +200,14 @@ def _key_facts(plan: Plan) -> Table:
     return facts
 
 
-def _trials(plan: Plan) -> Table:
-    table = _table("Candidate", "Speed-up [95 %]", "Error", "Peak", "Compile", "Pays", right=(1, 2, 3, 4, 5))
+def _trials(plan: Plan, *, wide: bool) -> Table:
+    columns = ["", "Candidate", "Speed-up [95 %]", "Error", "Peak", "Compile", *(["Pays after"] if wide else [])]
+    table = _table(*columns, right=tuple(range(2, len(columns))))
     for trial in reading.rank(plan):
         chosen = trial.candidate == plan.candidate
-        label = Text(("* " if chosen else "  ") + trial.candidate.label, style="bold green" if chosen else "")
-        table.add_row(label, *_cells(trial))
-    table.caption = "* chosen. Pays: calls after which the compile time is won back."
-    table.caption_justify = "left"
+        label = Text(reading.short(trial.candidate), style="bold green" if chosen else "")
+        cells = _cells(trial)
+        table.add_row("*" if chosen else "", label, *(cells if wide else cells[:-1]))
     return table
 
 
@@ -213,13 +215,14 @@ def _cells(trial: Trial) -> list[Text | str]:
     measurement, error = trial.measurement, reading.measured_error(trial)
     speed: Text | str = figures.interval(measurement.ratio) if measurement else styled_status(trial.status)
     if measurement and trial.status is not Status.OK:
-        speed = Text.assemble(f"{figures.times(measurement.ratio.value)} ", styled_status(trial.status))
-    if measurement is None and not trial.candidate.steps:
-        speed = "1.00x"
+        speed = Text.assemble(styled_status(trial.status), f" at {figures.times(measurement.ratio.value)}")
+    if measurement is None and not trial.candidate.steps and trial.status is Status.OK:
+        speed = figures.times(1.0)
     peak = figures.size(measurement.peak_bytes) if measurement and measurement.peak_bytes is not None else "-"
     compiled = figures.seconds(measurement.compile_seconds) if measurement and measurement.compile_seconds else "-"
     calls = measurement.break_even_calls if measurement and measurement.compile_seconds else None
-    return [speed, figures.error(error[0]) if error else "-", peak, compiled, f"{calls:,}" if calls is not None else "-"]
+    pays = "never" if measurement and measurement.compile_seconds and calls is None else "-"
+    return [speed, figures.error(error[0]) if error else "-", peak, compiled, pays if calls is None else f"{calls:,} calls"]
 
 
 def _table(*columns: str, right: tuple[int, ...] = ()) -> Table:
@@ -243,19 +246,26 @@ def _section(console: Console, title: str) -> None:
 
 
 def _item(console: Console, name: Text, reason: str, *, fix: str = "", status: Status | None = None) -> None:
-    head = name if status is None or status is Status.OK else Text.assemble(name, " (", styled_status(status), ")")
-    console.print(head)
-    body = Text(reason)
+    body = Text("- ")
+    body.append_text(name)
+    if status is not None and status is not Status.OK:
+        body = Text.assemble(body, " (", styled_status(status), ")")
+    body.append(f": {reason}")
     if fix:
-        body.append(f"\nfix: {fix}", style="cyan")
-    console.print(Padding(body, (0, 0, 0, 4)))
+        body.append("\nfix: ", style="cyan")
+        body.append(fix, style="cyan")
+    first, *rest = body.split("\n", allow_blank=False)
+    console.print(_hanging(first, "  "))
+    for line in rest:
+        console.print(Padding(line, (0, 0, 0, 4)))
 
 
-def _by_reason(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
-    groups: dict[str, list[str]] = {}
-    for label, reason in pairs:
-        groups.setdefault(reason, []).append(label)
-    return list(groups.items())
+def _hanging(line: Text, indent: str) -> Table:
+    grid = Table.grid()
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(line[: len(indent)], line[len(indent) :])
+    return grid
 
 
 def _shortened(labels: list[str]) -> str:

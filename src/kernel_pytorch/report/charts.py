@@ -1,0 +1,195 @@
+"""The numbers behind the page's charts, as plain JSON; how they look is the script's business."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from kernel_pytorch.core.types import Plan, Status, Trial
+from kernel_pytorch.report import figures, reading
+
+__all__ = ["chart_data"]
+
+Chart = dict[str, Any]
+
+_MODEL, _WINNER, _OPERATOR = "unmodified", "chosen", "operator"
+
+
+def chart_data(plan: Plan) -> dict[str, Chart]:
+    """Return the data of every chart that this plan has figures for, by chart name."""
+    charts = {
+        "ladder": _ladder(plan),
+        "trials": _trials(plan),
+        "roofline": _roofline(plan),
+        "layers": _layers(plan),
+        "operators": _operators(plan),
+        "ceilings": _ceilings(plan),
+        "samples": _samples(plan),
+    }
+    return {name: data for name, data in charts.items() if data}
+
+
+def _ladder(plan: Plan) -> Chart:
+    rungs = reading.ladder(plan)
+    return {
+        "rungs": [
+            {
+                "label": " + ".join(map(reading.short_step, rung.added)) or "unmodified",
+                "added": len(rung.added),
+                "ms": rung.ms,
+                "time": figures.milliseconds(rung.ms),
+                "speedup": figures.interval(rung.ratio) if rung.ratio else "",
+            }
+            for rung in rungs
+        ]
+    } if rungs else {}
+
+
+def _point(plan: Plan, trial: Trial, baseline_ms: float, floor: float) -> Chart:
+    ratio, error = reading.speedup(trial), reading.measured_error(trial)
+    known = error is not None and math.isfinite(error[0])
+    chosen = trial.candidate == plan.candidate
+    return {
+        "label": reading.short(trial.candidate),
+        "kind": "chosen" if chosen else str(trial.status) if trial.candidate.steps else _MODEL,
+        "ms": baseline_ms / ratio.value if ratio else None,
+        "low_ms": baseline_ms / ratio.high if ratio else None,
+        "high_ms": baseline_ms / ratio.low if ratio else None,
+        "speedup": figures.interval(ratio) if ratio else "not timed",
+        "error": max(error[0], floor) if known and error else None,
+        "error_text": figures.error(error[0]) if error else "not compared",
+        "why": reading.why(plan, trial),
+    }
+
+
+def _trials(plan: Plan) -> Chart:
+    trials = reading.rank(plan)
+    baseline_ms = baseline_time(plan)
+    if baseline_ms is None:
+        return {}
+    errors = [e for t in trials if (e := reading.measured_error(t)) is not None]
+    positive = [e for e, _ in errors if 0 < e < math.inf]
+    budget = _budget(plan)
+    lowest = min([*positive, budget])
+    floor = 10.0 ** (math.floor(math.log10(lowest)) - 1)
+    points = [{"number": n, **_point(plan, t, baseline_ms, floor)} for n, t in enumerate(trials, 1)]
+    drawn = [p for p in points if p["ms"] is not None or p["error"] is not None]
+    top = max([*positive, budget])
+    return {
+        "points": drawn,
+        "not_drawn": [p["label"] for p in points if p not in drawn],
+        "budget": budget,
+        "budget_text": figures.error(budget),
+        "floor": floor,
+        "top": 10.0 ** math.ceil(math.log10(top) + 0.2),
+        "baseline_ms": baseline_ms,
+    }
+
+
+def baseline_time(plan: Plan) -> float | None:
+    """Return the unmodified model's time: of the confirmation, else of any trial, else what was predicted from."""
+    for trial in (plan.chosen, *reversed(plan.evidence)):
+        if trial.measurement is not None:
+            return trial.measurement.baseline_median_ms
+    return plan.prediction.baseline_ms or None
+
+
+def _budget(plan: Plan) -> float:
+    for trial in (plan.chosen, *plan.evidence):
+        error = reading.measured_error(trial)
+        if error is not None and 0 < error[1] < math.inf:
+            return error[1]
+    configured = plan.config.get("max_error")
+    return float(configured) if isinstance(configured, int | float) and configured > 0 else 1e-2
+
+
+def _roofline(plan: Plan) -> Chart:
+    prediction, device = plan.prediction, plan.device
+    now_ms = baseline_time(plan)
+    if not (prediction.flops > 0 and prediction.bytes > 0 and device.peak_flops and now_ms):
+        return {}
+    intensity = prediction.flops / prediction.bytes
+    points = [_dot("unmodified", _MODEL, intensity, prediction.flops, now_ms)]
+    ratio = reading.speedup(plan.chosen)
+    if plan.candidate.steps and ratio is not None:
+        points.append(_dot("chosen", _WINNER, intensity, prediction.flops, now_ms / ratio.value))
+    points += [
+        _dot(s.kind, _OPERATOR, s.flops / s.bytes, s.flops, s.time_share * prediction.baseline_ms)
+        for s in prediction.shares
+        if s.flops > 0 and s.bytes > 0 and s.time_share * prediction.baseline_ms > 0
+    ]
+    ridges = [peak / device.bandwidth_bytes_per_s for peak in device.peak_flops.values()]
+    left = 10.0 ** math.floor(math.log10(min(p["x"] for p in points) / 2))
+    right = 10.0 ** math.ceil(math.log10(max(*ridges, *(p["x"] for p in points)) * 2))
+    heights = [p["y"] for p in points]
+    return {
+        "points": points,
+        "bandwidth": device.bandwidth_bytes_per_s,
+        "bandwidth_text": figures.rate(device.bandwidth_bytes_per_s, "B"),
+        "roofs": [
+            {"dtype": dtype, "peak": peak, "text": figures.rate(peak, "FLOP"), "ridge": peak / device.bandwidth_bytes_per_s}
+            for dtype, peak in sorted(device.peak_flops.items(), key=lambda item: item[1])
+        ],
+        "x": [left, right],
+        "y": [
+            10.0 ** math.floor(math.log10(min(heights) / 2)),
+            10.0 ** math.ceil(math.log10(max(*device.peak_flops.values(), *heights) * 1.2)),
+        ],
+    }
+
+
+def _dot(label: str, kind: str, intensity: float, flops: float, ms: float) -> Chart:
+    achieved = flops / (ms * 1e-3)
+    return {
+        "label": label,
+        "kind": kind,
+        "x": intensity,
+        "y": achieved,
+        "text": f"{figures.rate(achieved, 'FLOP')} at {figures.number(intensity)} FLOP per byte",
+    }
+
+
+def _layers(plan: Plan) -> Chart:
+    layers = reading.layers(plan)
+    if not layers:
+        return {}
+    rows = sorted(layers.items(), key=lambda item: -item[1][0])
+    return {
+        "names": [name or "(the model itself)" for name, _ in rows],
+        "before": [before for _, (before, _) in rows],
+        "after": [after for _, (_, after) in rows],
+    }
+
+
+def _operators(plan: Plan) -> Chart:
+    shares = plan.prediction.shares
+    return {"names": [s.kind for s in shares], "shares": [s.time_share for s in shares]} if shares else {}
+
+
+def _ceilings(plan: Plan) -> Chart:
+    rows = [c for c in reading.ceilings(plan) if math.isfinite(c.bound)]
+    return {
+        "rows": [
+            {
+                "label": c.label,
+                "bound": c.bound,
+                "measured": c.measured.value if c.measured else None,
+                "text": figures.interval(c.measured) if c.measured else "not measured alone",
+                "kept": c.kept,
+            }
+            for c in rows
+        ]
+    } if rows else {}
+
+
+def _samples(plan: Plan) -> Chart:
+    measurement = plan.chosen.measurement
+    if measurement is None:
+        return {}
+    return {
+        "baseline": list(measurement.baseline_samples_ms),
+        "chosen": list(measurement.samples_ms),
+        "baseline_median": measurement.baseline_median_ms,
+        "chosen_median": measurement.median_ms,
+        "chosen_name": "chosen" if plan.candidate.steps and plan.chosen.status is Status.OK else "unmodified, again",
+    }

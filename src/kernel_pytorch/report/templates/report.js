@@ -1,0 +1,351 @@
+"use strict";
+(function () {
+  const root = document.documentElement;
+  const data = JSON.parse(document.getElementById("chart-data").textContent);
+  const charts = new Map();
+  let color = {};
+
+  function readColors() {
+    const style = getComputedStyle(root);
+    color = {};
+    for (const name of ["card", "ink", "muted", "line", "soft", "chosen", "base", "ok", "wrong", "failed", "slow"]) {
+      color[name] = style.getPropertyValue("--" + name).trim();
+    }
+    color.font = getComputedStyle(document.body).fontFamily;
+  }
+
+  // Tooltips are built from text nodes: names in a plan come from users and are never markup.
+  function lines(...texts) {
+    const box = document.createElement("div");
+    box.style.cssText = "max-width:340px;white-space:normal;overflow-wrap:anywhere";
+    texts.filter(Boolean).forEach((text, index) => {
+      const line = document.createElement("div");
+      line.textContent = text;
+      if (index === 0) line.style.fontWeight = "650";
+      box.append(line);
+    });
+    return box;
+  }
+
+  function round(value) {
+    return Number(value.toPrecision(3)).toLocaleString("en", { maximumFractionDigits: 6 });
+  }
+  function milliseconds(value) {
+    if (value >= 10000) return round(value / 1000) + " s";
+    return value < 1 && value > 0 ? round(value * 1000) + " us" : round(value) + " ms";
+  }
+  function power(value) {
+    return "1e" + Math.round(Math.log10(value));
+  }
+  function prefixed(value) {
+    const steps = [[1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
+    const found = steps.find(([scale]) => value >= scale * 0.999);
+    return found ? round(value / found[0]) + " " + found[1] : round(value) + " ";
+  }
+  function fitted(text, width) {
+    const most = Math.max(8, Math.floor(width / 6.9));
+    return text.length > most ? text.slice(0, most - 1) + "…" : text;
+  }
+
+  const narrow = (element) => element.clientWidth < 560;
+  const ink = () => ({ color: color.ink, fontFamily: color.font, fontSize: 13 });
+  const muted = () => ({ color: color.muted, fontFamily: color.font, fontSize: 13 });
+
+  function axis(extra) {
+    return Object.assign({
+      axisLine: { lineStyle: { color: color.line } }, axisTick: { show: false },
+      axisLabel: Object.assign({ hideOverlap: true }, muted()),
+      splitLine: { lineStyle: { color: color.line } }, minorSplitLine: { show: false },
+      nameTextStyle: muted(), nameLocation: "middle",
+    }, extra);
+  }
+  function frame(extra) {
+    return Object.assign({
+      animation: false, textStyle: ink(), backgroundColor: "transparent",
+      tooltip: {
+        backgroundColor: color.card, borderColor: color.line, textStyle: ink(), confine: true, extraCssText: "box-shadow:0 4px 20px #0003",
+      },
+    }, extra);
+  }
+  function horizontal(element, names, extra) {
+    const room = Math.min(260, Math.max(80, element.clientWidth * 0.32));
+    return {
+      grid: Object.assign({ left: room + 12, right: 24, top: 8, bottom: 30 }, extra),
+      yAxis: axis({
+        type: "category", data: names, inverse: true, splitLine: { show: false },
+        axisLabel: Object.assign(ink(), { formatter: (text) => fitted(text, room), width: room, interval: 0 }),
+      }),
+    };
+  }
+  const height = (rows, each, rest) => rows * each + rest;
+
+  const symbols = { chosen: "diamond", unmodified: "rect", ok: "circle", wrong: "triangle", failed: "pin", timeout: "pin", oom: "pin", operator: "emptyCircle" };
+  const hues = () => ({
+    chosen: color.chosen, unmodified: color.base, ok: color.ok, wrong: color.wrong, failed: color.failed,
+    timeout: color.slow, oom: color.slow, operator: color.muted,
+  });
+
+  const build = {
+    ladder(element, { rungs }) {
+      const names = rungs.map((r) => (r.added ? "+ " + r.label : r.label));
+      const text = (r) => (r.speedup && !narrow(element) ? r.time + "   " + r.speedup : r.time);
+      const saved = rungs.map((r, i) => (i ? Math.max(0, rungs[i - 1].ms - r.ms) : 0));
+      const last = rungs.length - 1;
+      return {
+        height: height(rungs.length, 52, 36),
+        option: frame(Object.assign(horizontal(element, names, {}), {
+          xAxis: axis({ type: "value", axisLabel: Object.assign(muted(), { formatter: milliseconds, hideOverlap: true }) }),
+          tooltip: Object.assign(frame().tooltip, {
+            trigger: "item",
+            formatter: (p) => lines(names[p.dataIndex], rungs[p.dataIndex].time, rungs[p.dataIndex].speedup),
+          }),
+          series: [
+            {
+              type: "bar", stack: "time", barWidth: 28,
+              data: rungs.map((r, i) => ({
+                value: r.ms, itemStyle: { color: i === last ? color.chosen : i ? color.ok : color.base, borderRadius: 4 },
+              })),
+              label: Object.assign(ink(), {
+                show: true, position: "insideLeft", formatter: (p) => fitted(text(rungs[p.dataIndex]), 1e3),
+                color: color.card, fontWeight: 600, textBorderWidth: 0,
+              }),
+              labelLayout: {},
+            },
+            {
+              type: "bar", stack: "time", silent: true, data: saved,
+              itemStyle: { color: "transparent", borderColor: color.base, borderType: "dashed", borderWidth: 1, borderRadius: 4 },
+              label: Object.assign(muted(), {
+                show: true, position: "inside", formatter: (p) => (p.value > rungs[0].ms * 0.16 ? "−" + milliseconds(p.value) : ""),
+              }),
+            },
+          ],
+        })),
+      };
+    },
+
+    trials(element, chart) {
+      const hue = hues();
+      const timed = chart.points.filter((p) => p.ms !== null);
+      const untimed = chart.points.filter((p) => p.ms === null);
+      const lane = untimed.length ? (narrow(element) ? 64 : 110) : 0;
+      const slowest = Math.max(chart.baseline_ms, ...timed.map((p) => p.high_ms));
+      const item = (p, x, index) => ({
+        value: [x, p.error === null ? chart.floor : p.error], point: p, symbol: symbols[p.kind],
+        symbolSize: p.kind === "chosen" ? 20 : p.kind === "wrong" ? 14 : 13,
+        itemStyle: p.error === null && p.kind !== "unmodified"
+          ? { color: color.card, borderColor: hue[p.kind], borderWidth: 2 } : { color: hue[p.kind], borderColor: color.card, borderWidth: 1 },
+        label: Object.assign(ink(), {
+          show: true, position: index % 2 ? "top" : "right", formatter: String(p.number),
+          fontWeight: p.kind === "chosen" ? 700 : 500, color: color.ink,
+        }),
+      });
+      const whiskers = timed.map((p) => ({
+        type: "line", silent: true, symbol: "none", z: 1, lineStyle: { color: hue[p.kind], width: 2, opacity: 0.65 },
+        data: [p.low_ms, p.high_ms].map((x) => [x, p.error === null ? chart.floor : p.error]),
+      }));
+      const yRange = { type: "log", min: chart.floor, max: chart.top };
+      const left = 62;
+      const grids = [{ left, right: 20 + lane + (lane ? 12 : 0), top: 26, bottom: 52 }];
+      const xs = [axis({
+        type: "value", min: 0, max: Math.ceil(slowest * 1.06), name: "time per " + chart.unit + " (ms) and speed-up over the unmodified model", nameGap: 38,
+        axisLabel: Object.assign(muted(), {
+          hideOverlap: true,
+          formatter: (v) => (v > 0 ? round(v) + "\n" + round(chart.baseline_ms / v) + "x" : "0"),
+        }),
+      })];
+      const ys = [axis(Object.assign({}, yRange, {
+        axisLabel: Object.assign(muted(), { formatter: (v) => (v <= chart.floor * 1.01 ? "none" : power(v)) }),
+      }))];
+      const limit = (label) => ({
+        silent: true, symbol: "none", lineStyle: { color: color.wrong, type: "dashed", width: 2 },
+        data: [{ yAxis: chart.budget }], label: Object.assign(ink(), { show: Boolean(label), formatter: label, position: "insideStartTop", color: color.wrong }),
+      });
+      const format = (p) => (p.data && p.data.point
+        ? lines(p.data.point.number + "  " + p.data.point.label, "speed-up " + p.data.point.speedup, "error " + p.data.point.error_text, p.data.point.why) : "");
+      const series = [...whiskers, {
+        type: "scatter", z: 5, data: timed.map((p, i) => item(p, p.ms, i)), markLine: limit("error budget " + chart.budget_text),
+      }, {
+        type: "line", silent: true, symbol: "none", data: [],
+        markLine: { silent: true, symbol: "none", data: [{ xAxis: chart.baseline_ms }], lineStyle: { color: color.base, type: "dotted", width: 2 }, label: { show: false } },
+      }];
+      if (lane) {
+        grids.push({ right: 20, width: lane, top: 26, bottom: 52 });
+        xs.push(axis({ type: "value", gridIndex: 1, min: 0, max: untimed.length + 1, name: "not timed", nameGap: 38, axisLabel: { show: false }, splitLine: { show: false } }));
+        ys.push(axis(Object.assign({}, yRange, { gridIndex: 1, axisLabel: { show: false } })));
+        series.push({ type: "scatter", xAxisIndex: 1, yAxisIndex: 1, z: 5, data: untimed.map((p, i) => item(p, i + 1, 0)), markLine: limit("") });
+      }
+      return {
+        height: narrow(element) ? 380 : 440,
+        option: frame({
+          grid: grids, xAxis: xs, yAxis: ys, series,
+          tooltip: Object.assign(frame().tooltip, { trigger: "item", formatter: format }),
+        }),
+      };
+    },
+
+    roofline(element, chart) {
+      const hue = hues();
+      const [x0, x1] = chart.x;
+      const roofs = chart.roofs.map((roof, index) => ({
+        type: "line", silent: true, symbol: "none", z: 1,
+        lineStyle: { color: color.base, width: 2, type: ["solid", "dashed", "dotted"][index % 3] },
+        data: [[x0, x0 * chart.bandwidth], [roof.ridge, roof.peak], [x1, roof.peak]],
+        endLabel: { show: false },
+        markPoint: {
+          silent: true, symbol: "circle", symbolSize: 1, data: [{ coord: [x1, roof.peak] }],
+          label: Object.assign(muted(), { show: true, position: "left", offset: [0, -9], formatter: roof.dtype + "  " + roof.text }),
+        },
+      }));
+      const dots = chart.points.map((p) => ({
+        value: [p.x, p.y], point: p, symbol: symbols[p.kind], symbolSize: p.kind === "chosen" ? 20 : p.kind === "unmodified" ? 15 : 9,
+        itemStyle: { color: hue[p.kind], borderColor: p.kind === "operator" ? hue.operator : color.card, borderWidth: 1 },
+        label: Object.assign(p.kind === "operator" ? muted() : ink(), {
+          show: true, position: p.kind === "operator" ? "bottom" : "left", formatter: p.label, fontWeight: p.kind === "operator" ? 400 : 650,
+        }),
+      }));
+      return {
+        height: narrow(element) ? 360 : 420,
+        option: frame({
+          grid: { left: 70, right: 20, top: 16, bottom: 50 },
+          xAxis: axis({ type: "log", min: x0, max: x1, name: "work per byte moved (FLOP per byte)", nameGap: 30, axisLabel: Object.assign(muted(), { formatter: round, hideOverlap: true }) }),
+          yAxis: axis({ type: "log", min: chart.y[0], max: chart.y[1], axisLabel: Object.assign(muted(), { formatter: (v) => prefixed(v) + "FLOP/s" }) }),
+          tooltip: Object.assign(frame().tooltip, { trigger: "item", formatter: (p) => (p.data && p.data.point ? lines(p.data.point.label, p.data.point.text) : "") }),
+          series: [...roofs, { type: "scatter", z: 5, data: dots }],
+        }),
+      };
+    },
+
+    layers(element, { names, before, after }) {
+      const bar = (name, values, hue) => ({
+        name, type: "bar", data: values, itemStyle: { color: hue, borderRadius: 3 }, barMaxWidth: 16, barGap: "15%",
+        label: Object.assign(ink(), { show: true, position: "right", formatter: (p) => milliseconds(p.value) }),
+      });
+      return {
+        height: height(names.length, 46, 40),
+        option: frame(Object.assign(horizontal(element, names, { right: 70 }), {
+          xAxis: axis({ type: "value", axisLabel: Object.assign(muted(), { formatter: milliseconds, hideOverlap: true }) }),
+          tooltip: Object.assign(frame().tooltip, { formatter: (p) => lines(names[p.dataIndex], "unmodified " + milliseconds(before[p.dataIndex]), "chosen " + milliseconds(after[p.dataIndex])) }),
+          series: [bar("unmodified", before, color.base), bar("chosen", after, color.chosen)],
+        })),
+      };
+    },
+
+    operators(element, { names, shares }) {
+      return {
+        height: height(names.length, 30, 12),
+        option: frame(Object.assign(horizontal(element, names, { right: 60, bottom: 4 }), {
+          xAxis: axis({ type: "value", show: false }),
+          tooltip: Object.assign(frame().tooltip, { formatter: (p) => lines(p.name, round(p.value * 100) + " % of the time") }),
+          series: [{
+            type: "bar", data: shares, barMaxWidth: 18, itemStyle: { color: color.base, borderRadius: 3 },
+            label: Object.assign(ink(), { show: true, position: "right", formatter: (p) => round(p.value * 100) + " %" }),
+          }],
+        })),
+      };
+    },
+
+    ceilings(element, { rows }) {
+      const names = rows.map((r) => r.label);
+      return {
+        height: height(rows.length, 44, 42),
+        option: frame(Object.assign(horizontal(element, names, { right: 70 }), {
+          xAxis: axis({ type: "value", min: 0, axisLabel: Object.assign(muted(), { formatter: (v) => v + "x", hideOverlap: true }) }),
+          tooltip: Object.assign(frame().tooltip, { formatter: (p) => lines(names[p.dataIndex], "at most " + round(rows[p.dataIndex].bound) + "x predicted", rows[p.dataIndex].text) }),
+          series: [
+            {
+              type: "bar", data: rows.map((r) => r.bound), barWidth: 24, z: 1,
+              itemStyle: { color: color.soft, borderColor: color.base, borderType: "dashed", borderWidth: 1, borderRadius: 4 },
+              label: Object.assign(muted(), { show: true, position: "right", formatter: (p) => "≤ " + round(p.value) + "x" }),
+              markLine: { silent: true, symbol: "none", data: [{ xAxis: 1 }], lineStyle: { color: color.base, type: "dotted", width: 2 }, label: { show: false } },
+            },
+            {
+              type: "bar", barWidth: 12, barGap: "-75%", z: 3,
+              data: rows.map((r) => ({ value: r.measured, itemStyle: { color: r.kept === false ? color.wrong : color.ok, borderRadius: 3 } })),
+            },
+          ],
+        })),
+      };
+    },
+
+    samples(element, chart) {
+      const line = (name, values, median, hue, symbol) => ({
+        name, type: "line", data: values, symbol, symbolSize: 5, showAllSymbol: values.length < 120,
+        lineStyle: { color: hue, width: 1, opacity: 0.55 }, itemStyle: { color: hue },
+        markLine: {
+          silent: true, symbol: "none", data: [{ yAxis: median }], lineStyle: { color: hue, type: "dashed", width: 1.5 },
+          label: Object.assign(ink(), { position: "insideEndTop", formatter: name + ": median " + milliseconds(median), color: hue, fontWeight: 600 }),
+        },
+      });
+      const top = Math.max(...chart.baseline, ...chart.chosen);
+      return {
+        height: 320,
+        option: frame({
+          grid: { left: 70, right: 20, top: 22, bottom: 46 },
+          xAxis: axis({ type: "category", data: chart.baseline.map((_, i) => i + 1), name: "pair, in the order in which they were taken", nameGap: 28, splitLine: { show: false } }),
+          yAxis: axis({ type: "value", min: 0, max: top * 1.12, axisLabel: Object.assign(muted(), { formatter: milliseconds, showMaxLabel: false }) }),
+          tooltip: Object.assign(frame().tooltip, {
+            trigger: "axis",
+            formatter: (ps) => lines("pair " + ps[0].axisValue, ...ps.map((p) => p.seriesName + " " + milliseconds(p.value))),
+          }),
+          series: [
+            line("unmodified", chart.baseline, chart.baseline_median, color.base, "rect"),
+            line(chart.chosen_name, chart.chosen, chart.chosen_median, color.chosen, "circle"),
+          ],
+        }),
+      };
+    },
+  };
+
+  function draw() {
+    readColors();
+    for (const element of document.querySelectorAll(".chart[data-chart]")) {
+      const name = element.dataset.chart;
+      const { option, height: pixels } = build[name](element, data[name]);
+      element.style.height = pixels + "px";
+      let chart = charts.get(element);
+      if (!chart) {
+        chart = echarts.init(element, null, { renderer: "svg" });
+        charts.set(element, chart);
+      }
+      chart.resize();
+      chart.setOption(option, true);
+    }
+  }
+
+  const toggle = document.getElementById("theme");
+  function name() {
+    toggle.textContent = root.dataset.theme === "dark" ? "Light theme" : "Dark theme";
+  }
+  toggle.hidden = false;
+  toggle.addEventListener("click", () => {
+    root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
+    try { localStorage.setItem("kpt-theme", root.dataset.theme); } catch (error) { /* a file page may have no storage */ }
+    name();
+    draw();
+  });
+
+  for (const button of document.querySelectorAll("button[data-copy]")) {
+    if (!navigator.clipboard) continue;
+    button.hidden = false;
+    button.addEventListener("click", async () => {
+      try {
+        await navigator.clipboard.writeText(button.dataset.copy);
+        button.textContent = "Copied";
+      } catch (error) {
+        button.textContent = "Select and copy";
+      }
+      setTimeout(() => { button.textContent = "Copy"; }, 1600);
+    });
+  }
+
+  name();
+  draw();
+  let width = innerWidth;
+  addEventListener("resize", () => {
+    if (innerWidth !== width) {
+      width = innerWidth;
+      draw();
+    }
+  });
+  root.dataset.drawn = String(charts.size);
+})();
