@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from kernel_pytorch.core.types import Plan, Status, Trial
@@ -22,6 +23,7 @@ def chart_data(plan: Plan) -> dict[str, Chart]:
         "trials": _trials(plan),
         "roofline": _roofline(plan),
         "layers": _layers(plan),
+        "memory": _memory(plan),
         "operators": _operators(plan),
         "ceilings": _ceilings(plan),
         "samples": _samples(plan),
@@ -127,8 +129,8 @@ def _roofline(plan: Plan) -> Chart:
         "bandwidth": device.bandwidth_bytes_per_s,
         "bandwidth_text": figures.rate(device.bandwidth_bytes_per_s, "B"),
         "roofs": [
-            {"dtype": dtype, "peak": peak, "text": figures.rate(peak, "FLOP"), "ridge": peak / device.bandwidth_bytes_per_s}
-            for dtype, peak in sorted(device.peak_flops.items(), key=lambda item: item[1])
+            {"dtype": names, "peak": peak, "text": figures.rate(peak, "FLOP"), "ridge": peak / device.bandwidth_bytes_per_s}
+            for peak, names in _roofs(device.peak_flops)
         ],
         "x": [left, right],
         "y": [
@@ -136,6 +138,17 @@ def _roofline(plan: Plan) -> Chart:
             10.0 ** math.ceil(math.log10(max(*device.peak_flops.values(), *heights) * 1.2)),
         ],
     }
+
+
+def _roofs(peaks: Mapping[str, float]) -> list[tuple[float, str]]:
+    """Return the roofs from the lowest up; formats whose peaks differ by less than 5 % share one."""
+    roofs: list[tuple[float, str]] = []
+    for dtype, peak in sorted(peaks.items(), key=lambda item: item[1]):
+        if roofs and peak <= roofs[-1][0] * 1.05:
+            roofs[-1] = roofs[-1][0], f"{roofs[-1][1]}, {dtype}"
+        else:
+            roofs.append((peak, dtype))
+    return roofs
 
 
 def _dot(label: str, kind: str, intensity: float, flops: float, ms: float) -> Chart:
@@ -159,6 +172,21 @@ def _layers(plan: Plan) -> Chart:
         "before": [before for _, (before, _) in rows],
         "after": [after for _, (_, after) in rows],
     }
+
+
+def _memory(plan: Plan) -> Chart:
+    measurement = plan.chosen.measurement
+    before = measurement.baseline_peak_bytes if measurement else None
+    rows = [] if before is None else [(_MODEL, _MODEL, before)]
+    for trial in reading.rank(plan):
+        peak = trial.measurement.peak_bytes if trial.measurement else None
+        if peak is None or not trial.candidate.steps:
+            continue
+        kind = _WINNER if trial.candidate == plan.candidate else str(trial.status)
+        rows.append((reading.short(trial.candidate), kind, peak))
+    if len(rows) < 2:
+        return {}
+    return {"rows": [{"label": n, "kind": k, "bytes": b, "text": figures.size(b)} for n, k, b in rows]}
 
 
 def _operators(plan: Plan) -> Chart:

@@ -157,21 +157,21 @@ def _cards(plan: Plan, unit: str) -> list[dict[str, Any]]:
     measurement, cards = plan.chosen.measurement, []
     won = bool(plan.candidate.steps)
 
-    def card(title: str, now: str, note: str, *, was: str = "", share: float | None = None) -> None:
+    def card(title: str, now: str, note: str, *, share: float | None = None) -> None:
         width = None if share is None else f"{min(100.0, max(1.0, share * 100)):.1f}"
-        cards.append({"title": title, "now": now, "note": note, "was": was, "share": width})
+        cards.append({"title": title, "now": now, "note": note.replace(" %", "\N{NO-BREAK SPACE}%"), "share": width})
 
     if measurement is not None:
         before, after = measurement.baseline_median_ms, measurement.median_ms
         if won:
-            note = f"median of {len(measurement.samples_ms)} fresh samples"
-            card(f"Time per {unit}", figures.milliseconds(after), note, was=figures.milliseconds(before), share=after / before)
+            note = f"from {figures.milliseconds(before)}; medians of {len(measurement.samples_ms)} fresh samples"
+            card(f"Time per {unit}", figures.milliseconds(after), note, share=after / before)
         else:
             card(f"Time per {unit}", figures.milliseconds(before), "unmodified, median")
         peak, peak_before = measurement.peak_bytes, measurement.baseline_peak_bytes
         if won and peak is not None and peak_before:
-            note = f"{_change(peak / peak_before)} at its highest, weights included"
-            card("Peak memory", figures.size(peak), note, was=figures.size(peak_before), share=peak / peak_before)
+            note = f"from {figures.size(peak_before)}: {_change(peak / peak_before)}, weights included"
+            card("Peak memory", figures.size(peak), note, share=peak / peak_before)
     error = reading.measured_error(plan.chosen)
     if won and error is not None and error[1] > 0:
         note = f"of {figures.error(error[1])} allowed: {figures.percent(error[0] / error[1])} of the budget"

@@ -47,12 +47,18 @@
     return text.length > most ? text.slice(0, most - 1) + "…" : text;
   }
 
+  function niceTop(value) {
+    const unit = 10 ** Math.floor(Math.log10(value));
+    return [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10].map((f) => f * unit).find((top) => top >= value);
+  }
+
   const narrow = (element) => element.clientWidth < 560;
   const ink = () => ({ color: color.ink, fontFamily: color.font, fontSize: 13 });
   const muted = () => ({ color: color.muted, fontFamily: color.font, fontSize: 13 });
 
   function axis(extra) {
     return Object.assign({
+      splitNumber: 5,
       axisLine: { lineStyle: { color: color.line } }, axisTick: { show: false },
       axisLabel: Object.assign({ hideOverlap: true }, muted()),
       splitLine: { lineStyle: { color: color.line } }, minorSplitLine: { show: false },
@@ -68,7 +74,8 @@
     }, extra);
   }
   function horizontal(element, names, extra) {
-    const room = Math.min(260, Math.max(80, element.clientWidth * 0.32));
+    const longest = Math.max(...names.map((text) => text.length));
+    const room = Math.min(longest * 7 + 8, 300, Math.max(80, element.clientWidth * 0.34));
     return {
       grid: Object.assign({ left: room + 12, right: 24, top: 8, bottom: 30 }, extra),
       yAxis: axis({
@@ -79,7 +86,7 @@
   }
   const height = (rows, each, rest) => rows * each + rest;
 
-  const symbols = { chosen: "diamond", unmodified: "rect", ok: "circle", wrong: "triangle", failed: "pin", timeout: "pin", oom: "pin", operator: "emptyCircle" };
+  const symbols = { chosen: "diamond", unmodified: "rect", ok: "circle", wrong: "triangle", failed: "pin", timeout: "pin", oom: "pin", operator: "circle" };
   const hues = () => ({
     chosen: color.chosen, unmodified: color.base, ok: color.ok, wrong: color.wrong, failed: color.failed,
     timeout: color.slow, oom: color.slow, operator: color.muted,
@@ -94,7 +101,7 @@
       return {
         height: height(rungs.length, 52, 36),
         option: frame(Object.assign(horizontal(element, names, {}), {
-          xAxis: axis({ type: "value", axisLabel: Object.assign(muted(), { formatter: milliseconds, hideOverlap: true }) }),
+          xAxis: axis({ type: "value", splitNumber: 4, axisLabel: Object.assign(muted(), { formatter: milliseconds, hideOverlap: true }) }),
           tooltip: Object.assign(frame().tooltip, {
             trigger: "item",
             formatter: (p) => lines(names[p.dataIndex], rungs[p.dataIndex].time, rungs[p.dataIndex].speedup),
@@ -107,9 +114,8 @@
               })),
               label: Object.assign(ink(), {
                 show: true, position: "insideLeft", formatter: (p) => fitted(text(rungs[p.dataIndex]), 1e3),
-                color: color.card, fontWeight: 600, textBorderWidth: 0,
+                color: color.card, fontWeight: 600, 
               }),
-              labelLayout: {},
             },
             {
               type: "bar", stack: "time", silent: true, data: saved,
@@ -133,10 +139,11 @@
         value: [x, p.error === null ? chart.floor : p.error], point: p, symbol: symbols[p.kind],
         symbolSize: p.kind === "chosen" ? 20 : p.kind === "wrong" ? 14 : 13,
         itemStyle: p.error === null && p.kind !== "unmodified"
-          ? { color: color.card, borderColor: hue[p.kind], borderWidth: 2 } : { color: hue[p.kind], borderColor: color.card, borderWidth: 1 },
+          ? { color: color.card, borderColor: hue[p.kind], borderWidth: 2, opacity: 1 }
+          : { color: hue[p.kind], borderColor: color.card, borderWidth: 1, opacity: 1 },
         label: Object.assign(ink(), {
-          show: true, position: index % 2 ? "top" : "right", formatter: String(p.number),
-          fontWeight: p.kind === "chosen" ? 700 : 500, color: color.ink,
+          show: true, position: p.kind === "chosen" || p.kind === "unmodified" ? "left" : index % 2 ? "top" : "right", formatter: p.kind === "chosen" || p.kind === "unmodified" ? p.number + " " + p.kind : String(p.number),
+          fontWeight: p.kind === "chosen" ? 700 : 500,
         }),
       });
       const whiskers = timed.map((p) => ({
@@ -145,15 +152,17 @@
       }));
       const yRange = { type: "log", min: chart.floor, max: chart.top };
       const left = 62;
-      const grids = [{ left, right: 20 + lane + (lane ? 12 : 0), top: 26, bottom: 52 }];
+      const grids = [{ left, right: 20 + lane + (lane ? 12 : 0), top: 26, bottom: 62 }];
       const xs = [axis({
-        type: "value", min: 0, max: Math.ceil(slowest * 1.06), name: "time per " + chart.unit + " (ms) and speed-up over the unmodified model", nameGap: 38,
+        type: "value", min: 0, max: niceTop(slowest * 1.04), nameGap: 42,
+        name: narrow(element) ? "ms per " + chart.unit + ", and speed-up" : "time per " + chart.unit + " (ms) and speed-up over the unmodified model",
         axisLabel: Object.assign(muted(), {
-          hideOverlap: true,
+          hideOverlap: true, lineHeight: 17,
           formatter: (v) => (v > 0 ? round(v) + "\n" + round(chart.baseline_ms / v) + "x" : "0"),
         }),
       })];
       const ys = [axis(Object.assign({}, yRange, {
+        name: "error", nameLocation: "end", nameGap: 10, nameTextStyle: Object.assign(muted(), { align: "right", padding: [0, 8, 0, 0] }),
         axisLabel: Object.assign(muted(), { formatter: (v) => (v <= chart.floor * 1.01 ? "none" : power(v)) }),
       }))];
       const limit = (label) => ({
@@ -169,8 +178,8 @@
         markLine: { silent: true, symbol: "none", data: [{ xAxis: chart.baseline_ms }], lineStyle: { color: color.base, type: "dotted", width: 2 }, label: { show: false } },
       }];
       if (lane) {
-        grids.push({ right: 20, width: lane, top: 26, bottom: 52 });
-        xs.push(axis({ type: "value", gridIndex: 1, min: 0, max: untimed.length + 1, name: "not timed", nameGap: 38, axisLabel: { show: false }, splitLine: { show: false } }));
+        grids.push({ right: 20, width: lane, top: 26, bottom: 62 });
+        xs.push(axis({ type: "value", gridIndex: 1, min: 0, max: untimed.length + 1, name: "not timed", nameGap: 42, axisLabel: { show: false }, splitLine: { show: false } }));
         ys.push(axis(Object.assign({}, yRange, { gridIndex: 1, axisLabel: { show: false } })));
         series.push({ type: "scatter", xAxisIndex: 1, yAxisIndex: 1, z: 5, data: untimed.map((p, i) => item(p, i + 1, 0)), markLine: limit("") });
       }
@@ -186,27 +195,48 @@
     roofline(element, chart) {
       const hue = hues();
       const [x0, x1] = chart.x;
-      const roofs = chart.roofs.map((roof, index) => ({
-        type: "line", silent: true, symbol: "none", z: 1,
-        lineStyle: { color: color.base, width: 2, type: ["solid", "dashed", "dotted"][index % 3] },
-        data: [[x0, x0 * chart.bandwidth], [roof.ridge, roof.peak], [x1, roof.peak]],
-        endLabel: { show: false },
-        markPoint: {
-          silent: true, symbol: "circle", symbolSize: 1, data: [{ coord: [x1, roof.peak] }],
-          label: Object.assign(muted(), { show: true, position: "left", offset: [0, -9], formatter: roof.dtype + "  " + roof.text }),
-        },
-      }));
-      const dots = chart.points.map((p) => ({
-        value: [p.x, p.y], point: p, symbol: symbols[p.kind], symbolSize: p.kind === "chosen" ? 20 : p.kind === "unmodified" ? 15 : 9,
-        itemStyle: { color: hue[p.kind], borderColor: p.kind === "operator" ? hue.operator : color.card, borderWidth: 1 },
-        label: Object.assign(p.kind === "operator" ? muted() : ink(), {
-          show: true, position: p.kind === "operator" ? "bottom" : "left", formatter: p.label, fontWeight: p.kind === "operator" ? 400 : 650,
-        }),
-      }));
+      const tight = narrow(element);
+      const tall = tight ? 380 : 440;
+      const grid = { left: 84, right: tight ? 16 : 210, top: 16, bottom: 52 };
+      const perDecade = (tall - grid.top - grid.bottom) / Math.log10(chart.y[1] / chart.y[0]);
+      let lastLabel = Infinity;
+      const roofs = [...chart.roofs].reverse().map((roof, index) => {
+        // Labels go downwards from the highest roof; one that would touch its neighbour is pushed down.
+        const at = -Math.log10(roof.peak) * perDecade;
+        const place = Number.isFinite(lastLabel) ? Math.max(at, lastLabel + 17) : at;
+        lastLabel = place;
+        return {
+          type: "line", silent: true, symbol: "none", z: 1,
+          lineStyle: { color: color.base, width: 2, type: ["dotted", "dashed", "solid"][index % 3] },
+          data: [[x0, x0 * chart.bandwidth], [roof.ridge, roof.peak], [x1, roof.peak]],
+          markPoint: {
+            silent: true, symbol: "circle", symbolSize: 1, data: [{ coord: [x1, roof.peak] }],
+            label: Object.assign(muted(), {
+              show: true, position: tight ? "left" : "right", offset: [tight ? 0 : 6, place - at - (tight ? 9 : 0)],
+              formatter: roof.dtype + "  " + roof.text,
+            }),
+          },
+        };
+      });
+      const seen = [];
+      const perDecadeX = (element.clientWidth - grid.left - grid.right) / Math.log10(x1 / x0);
+      const dots = chart.points.map((p) => {
+        const operator = p.kind === "operator";
+        const [x, y] = [Math.log10(p.x) * perDecadeX, Math.log10(p.y) * perDecade];
+        const crowded = operator && seen.some(([a, c]) => a - x > -8 && a - x < 110 && Math.abs(c - y) < 16);
+        seen.push([x, y]);
+        return {
+          value: [p.x, p.y], point: p, symbol: symbols[p.kind], symbolSize: p.kind === "chosen" ? 20 : operator ? 9 : 15,
+          itemStyle: { color: operator ? color.card : hue[p.kind], borderColor: operator ? hue.operator : color.card, borderWidth: operator ? 2 : 1, opacity: 1 },
+          label: Object.assign(operator ? muted() : ink(), {
+            show: !(operator && tight), position: (operator && crowded) || (!operator && tight) ? "left" : "right", formatter: p.label, fontWeight: operator ? 400 : 650,
+          }),
+        };
+      });
       return {
-        height: narrow(element) ? 360 : 420,
+        height: tall,
         option: frame({
-          grid: { left: 70, right: 20, top: 16, bottom: 50 },
+          grid,
           xAxis: axis({ type: "log", min: x0, max: x1, name: "work per byte moved (FLOP per byte)", nameGap: 30, axisLabel: Object.assign(muted(), { formatter: round, hideOverlap: true }) }),
           yAxis: axis({ type: "log", min: chart.y[0], max: chart.y[1], axisLabel: Object.assign(muted(), { formatter: (v) => prefixed(v) + "FLOP/s" }) }),
           tooltip: Object.assign(frame().tooltip, { trigger: "item", formatter: (p) => (p.data && p.data.point ? lines(p.data.point.label, p.data.point.text) : "") }),
@@ -220,12 +250,29 @@
         name, type: "bar", data: values, itemStyle: { color: hue, borderRadius: 3 }, barMaxWidth: 16, barGap: "15%",
         label: Object.assign(ink(), { show: true, position: "right", formatter: (p) => milliseconds(p.value) }),
       });
+      const ticks = narrow(element) ? 2 : 4;
       return {
         height: height(names.length, 46, 40),
         option: frame(Object.assign(horizontal(element, names, { right: 70 }), {
-          xAxis: axis({ type: "value", axisLabel: Object.assign(muted(), { formatter: milliseconds, hideOverlap: true }) }),
+          xAxis: axis({ type: "value", splitNumber: ticks, axisLabel: Object.assign(muted(), { formatter: milliseconds, hideOverlap: true }) }),
           tooltip: Object.assign(frame().tooltip, { formatter: (p) => lines(names[p.dataIndex], "unmodified " + milliseconds(before[p.dataIndex]), "chosen " + milliseconds(after[p.dataIndex])) }),
           series: [bar("unmodified", before, color.base), bar("chosen", after, color.chosen)],
+        })),
+      };
+    },
+
+    memory(element, { rows }) {
+      const hue = hues();
+      return {
+        height: height(rows.length, 34, 14),
+        option: frame(Object.assign(horizontal(element, rows.map((r) => r.label), { right: 84, bottom: 6 }), {
+          xAxis: axis({ type: "value", show: false }),
+          tooltip: Object.assign(frame().tooltip, { formatter: (p) => lines(p.name, "peak memory " + rows[p.dataIndex].text) }),
+          series: [{
+            type: "bar", barMaxWidth: 18,
+            data: rows.map((r) => ({ value: r.bytes, itemStyle: { color: hue[r.kind], borderRadius: 3 } })),
+            label: Object.assign(ink(), { show: true, position: "right", formatter: (p) => rows[p.dataIndex].text }),
+          }],
         })),
       };
     },
@@ -248,14 +295,14 @@
       const names = rows.map((r) => r.label);
       return {
         height: height(rows.length, 44, 42),
-        option: frame(Object.assign(horizontal(element, names, { right: 70 }), {
-          xAxis: axis({ type: "value", min: 0, axisLabel: Object.assign(muted(), { formatter: (v) => v + "x", hideOverlap: true }) }),
+        option: frame(Object.assign(horizontal(element, names, { right: 112 }), {
+          xAxis: axis({ type: "value", min: 0, splitNumber: 4, axisLabel: Object.assign(muted(), { formatter: (v) => v + "x", hideOverlap: true }) }),
           tooltip: Object.assign(frame().tooltip, { formatter: (p) => lines(names[p.dataIndex], "at most " + round(rows[p.dataIndex].bound) + "x predicted", rows[p.dataIndex].text) }),
           series: [
             {
               type: "bar", data: rows.map((r) => r.bound), barWidth: 24, z: 1,
               itemStyle: { color: color.soft, borderColor: color.base, borderType: "dashed", borderWidth: 1, borderRadius: 4 },
-              label: Object.assign(muted(), { show: true, position: "right", formatter: (p) => "≤ " + round(p.value) + "x" }),
+              label: Object.assign(muted(), { show: true, position: "right", formatter: (p) => (rows[p.dataIndex].measured ? round(rows[p.dataIndex].measured) + "x of " : "") + "≤ " + round(p.value) + "x" }),
               markLine: { silent: true, symbol: "none", data: [{ xAxis: 1 }], lineStyle: { color: color.base, type: "dotted", width: 2 }, label: { show: false } },
             },
             {
@@ -268,19 +315,22 @@
     },
 
     samples(element, chart) {
+      const tight = narrow(element);
       const line = (name, values, median, hue, symbol) => ({
         name, type: "line", data: values, symbol, symbolSize: 5, showAllSymbol: values.length < 120,
         lineStyle: { color: hue, width: 1, opacity: 0.55 }, itemStyle: { color: hue },
         markLine: {
           silent: true, symbol: "none", data: [{ yAxis: median }], lineStyle: { color: hue, type: "dashed", width: 1.5 },
-          label: Object.assign(ink(), { position: "insideEndTop", formatter: name + ": median " + milliseconds(median), color: hue, fontWeight: 600 }),
+          label: Object.assign(ink(), {
+            position: tight ? "insideEndTop" : "end", formatter: "median " + milliseconds(median), color: hue, fontWeight: 600,
+          }),
         },
       });
       const top = Math.max(...chart.baseline, ...chart.chosen);
       return {
         height: 320,
         option: frame({
-          grid: { left: 70, right: 20, top: 22, bottom: 46 },
+          grid: { left: 70, right: tight ? 20 : 140, top: 22, bottom: 46 },
           xAxis: axis({ type: "category", data: chart.baseline.map((_, i) => i + 1), name: "pair, in the order in which they were taken", nameGap: 28, splitLine: { show: false } }),
           yAxis: axis({ type: "value", min: 0, max: top * 1.12, axisLabel: Object.assign(muted(), { formatter: milliseconds, showMaxLabel: false }) }),
           tooltip: Object.assign(frame().tooltip, {
