@@ -38,9 +38,9 @@ def _place(leaf: Any, device: torch.device) -> Any:
     if isinstance(leaf, Call):
         return Call(place(leaf.args, device), place(dict(leaf.kwargs), device))
     if isinstance(leaf, collections.UserDict):  # a Hugging Face BatchEncoding is one
-        moved = copy.copy(leaf)
-        moved.data = place(leaf.data, device)
-        return moved
+        shallow = copy.copy(leaf)
+        shallow.data = place(leaf.data, device)
+        return shallow
     if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
         moved = copy.copy(leaf)
         for field in dataclasses.fields(leaf):
@@ -62,7 +62,7 @@ def _place_module(module: nn.Module, device: torch.device) -> nn.Module:
         memo[key] = moved
     try:
         return copy.deepcopy(module, memo)
-    except Exception as error:  # noqa: BLE001  a module's own __deepcopy__ or __reduce__ may raise anything
+    except Exception as error:  # a module's own __deepcopy__ or __reduce__ may raise anything
         raise ModelError(
             f"the model cannot be copied to {device}: {type(error).__name__}: {error}",
             fix="pass a Workload whose `model` factory builds it on the device",

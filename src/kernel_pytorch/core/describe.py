@@ -198,11 +198,11 @@ def make_optimizer(workload: Workload, parameters: Iterable[nn.Parameter]) -> to
     return torch.optim.AdamW(trainable, lr=1e-3)
 
 
-class _CountOperators(TorchDispatchMode):
+class _CountOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Counts aten operators by name without overload (`aten.addmm`)."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: collections.Counter[str] = collections.Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -211,7 +211,7 @@ class _CountOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _run(
+def _run(  # noqa: PLR0917  the arguments of `describe`
     workload: Workload,
     model: nn.Module,
     case: str,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import collections
+import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from kernel_pytorch.search.operators import kind_of
+from kernel_pytorch.search.kinds import kind_of
 
 __all__ = ["time_shares"]
 
@@ -24,6 +24,7 @@ def time_shares(step: Callable[[], Any], synchronize: Callable[[], None], vendor
     """
     on_gpu = vendor != "cpu"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch tells of each start and stop on stderr
     synchronize()
     with profile(activities=activities, acc_events=True) as recorded, record_function(_STEP):
         step()
@@ -36,9 +37,9 @@ def time_shares(step: Callable[[], Any], synchronize: Callable[[], None], vendor
         if not name or library == "autograd":
             continue
         own_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        kind = kind_of(event.name)
+        kind = _kind(event)
         if kind != "overhead" or on_gpu:
-            time_us["optimizer" if _in_optimizer(event) else kind] += max(0.0, own_us)
+            time_us[kind] += max(0.0, own_us)
     busy_us = sum(time_us.values())
     total_us = max(whole_us, busy_us)
     if total_us <= 0:
@@ -48,10 +49,14 @@ def time_shares(step: Callable[[], Any], synchronize: Callable[[], None], vendor
     return shares
 
 
-def _in_optimizer(event: Any) -> bool:
-    parent = event
-    while parent is not None:
-        if parent.name.startswith("Optimizer.step"):
-            return True
-        parent = parent.cpu_parent
-    return False
+def _kind(event: Any) -> str:
+    """Return the class of the outermost operator an event is part of: the bias that `addmm` copies is matmul."""
+    kind, inside = kind_of(event.name), event.cpu_parent
+    while inside is not None:
+        if inside.name.startswith("Optimizer.step"):
+            return "optimizer"
+        if "::" in inside.name and not inside.name.startswith("autograd::"):
+            outer = kind_of(inside.name)
+            kind = outer if outer not in ("overhead", "other") else kind
+        inside = inside.cpu_parent
+    return kind

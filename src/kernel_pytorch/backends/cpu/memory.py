@@ -26,9 +26,9 @@ def peak_bytes(fn: Callable[[], Any]) -> int:
     """
     gc.collect()
     if _reset_high_water():
-        before = _status_bytes("VmRSS")
+        held = _status_bytes("VmRSS")
         fn()
-        return max(0, _status_bytes("VmHWM") - before)
+        return max(0, _status_bytes("VmHWM") - held)
     return _polled(fn)
 
 
@@ -48,20 +48,20 @@ def _status_bytes(field: str) -> int:
 
 def _polled(fn: Callable[[], Any]) -> int:
     process = psutil.Process()
-    before = process.memory_info().rss
+    before = int(process.memory_info().rss)
     peak = before
     done = threading.Event()
 
     def poll() -> None:
         nonlocal peak
         while not done.wait(_POLL_S):
-            peak = max(peak, process.memory_info().rss)
+            peak = max(peak, int(process.memory_info().rss))
 
     thread = threading.Thread(target=poll, name="peak-bytes", daemon=True)
     thread.start()
     try:
         fn()
-        peak = max(peak, process.memory_info().rss)
+        peak = max(peak, int(process.memory_info().rss))
     finally:
         done.set()
         thread.join()

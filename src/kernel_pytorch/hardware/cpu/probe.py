@@ -104,7 +104,7 @@ def usable_cores() -> int:
 def usable_memory_bytes() -> int:
     """Return the memory of the machine, or of the cgroup where that is less."""
     limits = [int(text) for text in _cgroup_values("memory", "memory.max", "memory.limit_in_bytes") if text.isdecimal()]
-    return min([psutil.virtual_memory().total, *limits])
+    return min([int(psutil.virtual_memory().total), *limits])
 
 
 def cache_bytes() -> int:

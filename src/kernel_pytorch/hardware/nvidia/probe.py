@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 
@@ -81,8 +82,9 @@ def _same(one: int, other: int) -> bool:
 
 def _versions() -> dict[str, str]:
     versions = {"cuda": str(torch.version.cuda)}
-    if torch.backends.cudnn.is_available():
-        versions["cudnn"] = str(torch.backends.cudnn.version())
+    cudnn: Any = torch.backends.cudnn
+    if cudnn.is_available():
+        versions["cudnn"] = str(cudnn.version())
     try:
         with open("/proc/driver/nvidia/version", encoding="utf-8") as file:  # noqa: PTH123
             driver = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", file.read())

@@ -1,0 +1,195 @@
+"""What every `HardwareManager` promises. `verified` means: this suite has been run on hardware of that arch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from kernel_pytorch.core.protocols import HardwareManager
+from kernel_pytorch.core.types import DeviceSpec
+from kernel_pytorch.core.workload import Call
+
+DEVICE_TYPES = {"cpu": "cpu", "nvidia": "cuda"}
+MB = 1 << 20
+
+
+def test_it_is_a_manager_and_its_spec_says_what_it_is(manager, vendor):
+    assert isinstance(manager, HardwareManager)
+    spec = manager.spec
+    assert isinstance(spec, DeviceSpec)
+    assert spec.vendor == manager.vendor == vendor
+    assert spec.verified == manager.verified
+    assert spec.memory_bytes > 64 * MB
+    assert spec.num_devices >= 1
+    assert spec.arch
+    assert list(spec.features) == sorted(set(spec.features))
+    assert spec.software["torch"] == torch.__version__
+    assert spec is manager.spec, "the device is detected once"
+
+
+def test_rates_are_plausible_and_say_where_they_come_from(manager):
+    spec = manager.spec
+    for dtype, rate in spec.peak_flops.items():
+        assert 1e8 < rate < 1e17, dtype
+        assert spec.sources[f"peak_flops.{dtype}"]
+    if spec.bandwidth_bytes_per_s:
+        assert 1e8 < spec.bandwidth_bytes_per_s < 1e14
+        assert spec.sources["bandwidth_bytes_per_s"]
+
+
+def test_key_names_the_hardware_alone_and_is_the_same_in_another_process(manager, vendor):
+    code = f"from kernel_pytorch.hardware import detect; print(detect({vendor!r}).key)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == manager.spec.key
+    assert not set(manager.spec.key) & set("/ \\:")
+
+
+def test_place_moves_a_module_with_its_ties_and_leaves_the_original_alone(manager, vendor):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    model[0].bias.requires_grad_(False)
+    keys, values = list(model.state_dict()), [v.clone() for v in model.state_dict().values()]
+    placed = manager.place(model)
+    assert type(placed) is type(model)
+    assert list(placed.state_dict()) == keys
+    assert placed[2].weight is placed[0].weight
+    assert isinstance(placed[0].weight, nn.Parameter)
+    assert not placed[0].bias.requires_grad
+    assert {t.device.type for t in placed.state_dict().values()} == {DEVICE_TYPES[vendor]}
+    assert {t.device.type for t in model.state_dict().values()} == {"cpu"}
+    for before, after, there in zip(values, model.state_dict().values(), placed.state_dict().values(), strict=True):
+        assert torch.equal(before, after)
+        assert torch.equal(before, there.cpu())
+
+
+def test_place_moves_trees_and_calls_and_leaves_other_leaves(manager, vendor):
+    tensor = torch.arange(6.0).reshape(2, 3).t().requires_grad_()
+    call = Call((tensor, 3), {"mask": {"deep": torch.ones(2)}, "name": "x"})
+    placed = manager.place(call)
+    assert isinstance(placed, Call)
+    assert placed.args[1] == 3
+    assert placed.kwargs["name"] == "x"
+    assert placed.args[0].device.type == placed.kwargs["mask"]["deep"].device.type == DEVICE_TYPES[vendor]
+    assert placed.args[0].requires_grad
+    assert torch.equal(placed.args[0].detach().cpu(), tensor.detach())
+    assert tensor.device.type == "cpu"
+    assert call.kwargs["mask"]["deep"].device.type == "cpu"
+
+
+def test_time_is_in_milliseconds_and_contains_what_the_host_does(manager):
+    assert 45.0 <= manager.time_ms(lambda: time.sleep(0.05)) < 5_000.0
+
+
+def test_longer_work_takes_longer(manager, vendor):
+    size = 256 if vendor == "cpu" else 4096
+    one = manager.place(torch.ones(size, size))
+
+    def work(times):
+        for _ in range(times):
+            torch.mm(one, one)
+
+    work(2)
+    short = min(manager.time_ms(lambda: work(1)) for _ in range(5))
+    long = min(manager.time_ms(lambda: work(50)) for _ in range(5))
+    assert short > 0.0
+    assert long > 5.0 * short, "fifty times the work"
+
+
+def test_synchronize_waits_for_queued_work(manager, vendor):
+    size = 256 if vendor == "cpu" else 8192
+    one = manager.place(torch.ones(size, size))
+    torch.mm(one, one)
+    manager.synchronize()
+    work_ms = min(manager.time_ms(lambda: [torch.mm(one, one) for _ in range(10)]) for _ in range(3))
+    start = time.perf_counter()
+    for _ in range(10):
+        torch.mm(one, one)
+    manager.synchronize()
+    elapsed_ms = (time.perf_counter() - start) * 1e3
+    assert elapsed_ms > 0.3 * work_ms, "it came back before the queued work was done"
+
+
+def test_peak_bytes_of_a_known_allocation(manager):
+    size = 192 * MB
+
+    def allocate():
+        first = manager.place(torch.empty(0))
+        block = torch.ones(size, dtype=torch.uint8, device=first.device)
+        return int(block[-1])
+
+    allocate()
+    assert manager.peak_bytes(allocate) == pytest.approx(size, rel=0.2)
+
+
+def test_peak_bytes_sees_what_was_freed_again_and_not_what_was_held(manager):
+    device = manager.place(torch.empty(0)).device
+    held = torch.ones(192 * MB, dtype=torch.uint8, device=device)
+
+    def twice_one_after_the_other():
+        for _ in range(2):
+            torch.ones(96 * MB, dtype=torch.uint8, device=device)
+
+    assert manager.peak_bytes(twice_one_after_the_other) == pytest.approx(96 * MB, rel=0.3)
+    assert int(held[0]) == 1
+
+
+def test_a_fault_in_the_work_reaches_the_caller(manager):
+    def fault():
+        raise RuntimeError("planted")
+
+    for run in (manager.time_ms, manager.peak_bytes):
+        with pytest.raises(RuntimeError, match="planted"):
+            run(fault)
+    assert manager.time_ms(lambda: None) >= 0.0
+
+
+def test_telemetry_is_numbers_that_name_their_unit(manager):
+    units = ("_mhz", "_watts", "_celsius", "_percent", "_bytes", "_1min", "_reasons")
+    values = manager.telemetry()
+    assert isinstance(manager.telemetry(), dict)
+    for name, value in values.items():
+        assert name.endswith(units), name
+        assert isinstance(value, float), name
+        assert value == value, name
+
+
+def test_exclusive_keeps_a_second_process_out_until_released(manager, vendor):
+    code = (
+        "import sys, time\n"
+        "from kernel_pytorch.backends import manager_for\n"
+        f"manager = manager_for({vendor!r})\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "with manager.exclusive():\n"
+        "    print(time.time(), flush=True)\n"
+    )
+    with manager.exclusive():
+        other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == "ready\n"
+        other.stdin.write("go\n")
+        other.stdin.flush()
+        time.sleep(0.5)
+        released = time.time()
+    entered = float(other.stdout.readline())
+    other.communicate(timeout=60)
+    assert entered >= released
+
+
+def test_exclusive_is_released_by_an_exception_and_by_death(manager, vendor):
+    with pytest.raises(KeyError), manager.exclusive():
+        raise KeyError("planted")
+    code = (
+        "import os\n"
+        "from kernel_pytorch.backends import manager_for\n"
+        f"context = manager_for({vendor!r}).exclusive()\n"
+        "context.__enter__()\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == -9
+    with manager.exclusive():
+        assert manager.time_ms(lambda: None) >= 0.0
