@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["hugging_face_inputs", "image_inputs"]
 
 BATCH = 8
+AUDIO_BATCH = 2
 LENGTH = 128
 SAMPLES = 16_000
 """One second of audio at 16 kHz."""
@@ -94,7 +95,7 @@ def _tokens(
     ]
     length = max(1, min([LENGTH, *(n - 2 for n in longest if n > 2)]))  # RoBERTa counts positions from 2
     low = min(vocabulary - 1, 10)  # below lie padding and other marks
-    shape = (BATCH, length)
+    shape = (AUDIO_BATCH if main in ("input_features", "input_values") else BATCH, length)
     ids: dict[str, tuple[tuple[int, ...], int, int]] = {}
     ones: dict[str, tuple[int, ...]] = {}
     if main == "input_ids" or ("input_ids" in accepted and _is_dual(config)):
@@ -118,13 +119,13 @@ def _noise(main: str, accepted: set[str], config: Any) -> dict[str, tuple[int, .
         return {"pixel_values": (BATCH, getattr(vision, "num_channels", 3), *_image_size(vision))}
     if main == "input_values":
         if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):  # a spectrogram, time first
-            return {main: (2, config.max_length, config.num_mel_bins)}
-        return {main: (2, SAMPLES)}
+            return {main: (AUDIO_BATCH, config.max_length, config.num_mel_bins)}
+        return {main: (AUDIO_BATCH, SAMPLES)}
     if main == "input_features":
-        mels = int(getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", 80))
+        mels: int = getattr(config, "num_mel_bins", 0) or getattr(config, "feature_size", 80)
         if hasattr(config, "max_source_positions"):  # Whisper halves the length by a strided convolution
-            return {main: (2, mels, 2 * config.max_source_positions)}
-        return {main: (2, LENGTH, mels)}
+            return {main: (AUDIO_BATCH, mels, 2 * config.max_source_positions)}
+        return {main: (AUDIO_BATCH, LENGTH, mels)}
     return {}
 
 

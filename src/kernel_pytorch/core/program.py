@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -124,12 +124,20 @@ def signatures_of(call: Call) -> tuple[TensorSignature, ...]:
 class _Guarded:
     """Routes a call to the program where the plan covers it, else to the original; counts both."""
 
-    def __init__(self, program: Program, original: Callable[..., Any] | None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        original: Callable[..., Any] | None,
+        signatures: Collection[tuple[TensorSignature, ...]] = (),
+    ) -> None:
         self.program = program
         self.original = original
         self.counts = CallCounts()
         self.training = program.mode is Mode.TRAINING
-        self.known = None if program.dynamic else {_key(c.args, c.kwargs) for c in program.calls.values()}
+        # In training a loss calls the model, with what it makes of a batch: no example of that call exists.
+        fixed = not program.dynamic and not self.training
+        self.known = {_key(c.args, c.kwargs) for c in program.calls.values()} if fixed and program.calls else None
+        self.signatures = frozenset(signatures) if fixed and not program.calls else frozenset()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         why = self._outside(args, kwargs)
@@ -153,19 +161,23 @@ class _Guarded:
                 if not self.training
                 else ("gradients are disabled in a training plan")
             )
-        if self.known is not None and _key(args, kwargs) not in self.known:
+        unknown = self.known is not None and _key(args, kwargs) not in self.known
+        if unknown or (self.signatures and signatures_of(Call(args, kwargs)) not in self.signatures):
             shapes = [tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             return f"inputs of shape {shapes} were not in the workload"
         return ""
 
 
-def ship(program: Program, original: nn.Module | None) -> nn.Module:
+def ship(
+    program: Program, original: nn.Module | None, signatures: Collection[tuple[TensorSignature, ...]] = ()
+) -> nn.Module:
     """Install the program's call in its module and return the module.
 
     Args:
         program: The program; its `model` is changed in place.
         original: The unmodified model for calls outside the plan; may be the program's own model where no step
             changed it in place (training); `None` raises `InputsError` for such calls instead.
+        signatures: What a program that specialises on shapes covers, where it has no example calls.
 
     Returns:
         `program.model`.
@@ -174,7 +186,7 @@ def ship(program: Program, original: nn.Module | None) -> nn.Module:
     model = program.model
     before = model._compiled_call_impl  # noqa: SLF001
     program.undo.append(lambda: setattr(model, "_compiled_call_impl", before))
-    model._compiled_call_impl = _Guarded(program, fallback)  # type: ignore[assignment]  # noqa: SLF001
+    model._compiled_call_impl = _Guarded(program, fallback, signatures)  # type: ignore[assignment]  # noqa: SLF001
     return model
 
 

@@ -1,0 +1,200 @@
+"""Replay a plan: on a copy of a model, or in place on a model and optimizer that the user trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kernel_pytorch.catalog import apply_candidate
+from kernel_pytorch.core.describe import fingerprint
+from kernel_pytorch.core.program import begin, call_counts, clone_model, ship
+from kernel_pytorch.core.types import DeviceSpec, Mode, Plan
+from kernel_pytorch.core.workload import Call, as_call
+from kernel_pytorch.errors import CandidateError, KptError, ModelError, PlanError
+from kernel_pytorch.hardware import detect
+from kernel_pytorch.plan.store import load_plan
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from kernel_pytorch.core.protocols import Program
+
+__all__ = ["apply", "check_device", "check_model", "prepare"]
+
+log = logging.getLogger(__name__)
+
+_AGAIN = "run `kpt optimize` for it"
+
+
+def apply(
+    plan: Plan | str | Path,
+    model: nn.Module,
+    *,
+    inputs: Any = None,
+    trust_artifacts: bool = False,
+    outside: str = "original",
+) -> nn.Module:
+    """Return a copy of a model that runs as the plan says; the model itself is not modified.
+
+    The copy is of the same class with the same `state_dict` keys, in eval mode for an inference plan and in train
+    mode for a training plan. Calls outside the plan (another mode, gradients where there were none, shapes that a
+    step specialised on) run the unmodified model and are counted: `call_counts(model)`.
+
+    Args:
+        plan: A plan, its file, or the directory of its search.
+        model: A model of the plan's structure, with any weights.
+        inputs: Example inputs, or a mapping of case name to `Call`; needed by steps that trace or calibrate. Without
+            them, the input signatures stored in the plan guard what is compiled for a shape.
+        trust_artifacts: Whether code in the plan's `artifacts/` may be loaded.
+        outside: `original` runs calls outside the plan on the unmodified model, which stays in memory for that;
+            `error` raises `InputsError`.
+
+    Raises:
+        PlanError: The plan cannot be read, or is for another model or device.
+        CandidateError: A step does not apply to this model.
+    """
+    if outside not in ("original", "error"):
+        raise KptError(f"outside must be 'original' or 'error', got {outside!r}")
+    plan, artifacts = _resolve(plan)
+    check_model(plan, model)
+    check_device(plan, _here(plan))
+    copy = clone_model(model)
+    copy.train(plan.workload.mode is Mode.TRAINING)
+    program = begin(copy, plan.workload.mode, _calls(plan, inputs))
+    program = _applied(program, plan, artifacts, trust_artifacts=trust_artifacts)
+    fallback = model if plan.candidate.steps else copy
+    program.holds.append(fallback)
+    return ship(program, fallback if outside == "original" else None, _signatures(plan))
+
+
+def prepare(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    plan: Plan | str | Path,
+    inputs: Any = None,
+    trust_artifacts: bool = False,
+) -> tuple[nn.Module, Any]:
+    """Apply a training plan to a model and optimizer in place; the loop, clipping and schedule stay the user's.
+
+    The parameters stay the same objects, so the optimizer and everything else that holds them remains valid.
+    `restore(model)` undoes every step.
+
+    Args:
+        model: A model of the plan's structure.
+        optimizer: The optimizer over its parameters; needed where the plan changes it.
+        plan: A training plan, its file, or the directory of its search.
+        inputs: Example inputs; see `apply`.
+        trust_artifacts: Whether code in the plan's `artifacts/` may be loaded.
+
+    Returns:
+        The model and the optimizer to use.
+
+    Raises:
+        PlanError: The plan cannot be read, is for inference, or is for another model or device.
+        CandidateError: A step does not apply to this model or optimizer; nothing was changed.
+        ModelError: A plan is applied to the model already.
+    """
+    plan, artifacts = _resolve(plan)
+    if plan.workload.mode is not Mode.TRAINING:
+        raise PlanError("prepare() takes a training plan, this one is for inference", fix="kp.apply(plan, model)")
+    if _has_plan(model):
+        raise ModelError("a plan is applied to this model already", fix="kp.restore(model) first")
+    check_model(plan, model)
+    check_device(plan, _here(plan))
+    before = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    program = begin(model, Mode.TRAINING, _calls(plan, inputs), optimizer=optimizer)
+    undo = program.undo
+    try:
+        program = _applied(program, plan, artifacts, trust_artifacts=trust_artifacts)
+        if {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)} != before:
+            raise CandidateError(f"{plan.candidate} replaces parameters, which would part them from the optimizer")
+    except KptError:
+        while undo:
+            undo.pop()()
+        raise
+    return ship(program, model), program.optimizer
+
+
+def check_model(plan: Plan, model: nn.Module) -> None:
+    """Refuse a model whose structure is not the plan's.
+
+    Raises:
+        PlanError: Another model.
+    """
+    found = fingerprint(model)
+    if found == plan.workload.fingerprint:
+        return
+    count = sum(p.numel() for p in model.parameters())
+    detail = f"{count:,} parameters, the plan's has {plan.workload.parameters:,}"
+    if count == plan.workload.parameters:
+        detail = "same number of parameters, other modules, names, shapes or dtypes"
+    raise PlanError(
+        f"the plan is for another model than this {type(model).__name__}: {plan.workload.name or 'unnamed'} ({detail})",
+        fix=_AGAIN,
+    )
+
+
+def check_device(plan: Plan, device: DeviceSpec) -> None:
+    """Refuse a device of another vendor or architecture; log what else differs.
+
+    Raises:
+        PlanError: Another vendor or architecture.
+    """
+    made = plan.device
+    if (made.vendor, made.arch) != (device.vendor, device.arch):
+        raise PlanError(
+            f"the plan is for another device: {made.vendor} {made.arch} ({made.name}), "
+            f"this is {device.vendor} {device.arch} ({device.name})",
+            fix="run `kpt optimize` on this machine",
+        )
+    if made.num_devices != device.num_devices:
+        log.warning("the plan was made on %d devices or cores, here are %d", made.num_devices, device.num_devices)
+    for name in sorted({*made.software} & {*device.software}):
+        if made.software[name] != device.software[name]:
+            log.warning("the plan was made with %s %s, here is %s", name, made.software[name], device.software[name])
+
+
+def _resolve(plan: Plan | str | Path) -> tuple[Plan, Path | None]:
+    if isinstance(plan, Plan):
+        return plan, None
+    path = Path(plan).expanduser()
+    artifacts = (path if path.is_dir() else path.parent) / "artifacts"
+    return load_plan(path), artifacts if artifacts.is_dir() else None
+
+
+def _applied(program: Program, plan: Plan, artifacts: Path | None, *, trust_artifacts: bool) -> Program:
+    program.artifact_dir = artifacts
+    program.trust_artifacts = trust_artifacts
+    return apply_candidate(program, plan.candidate)
+
+
+def _calls(plan: Plan, inputs: Any) -> dict[str, Call]:
+    if inputs is None:
+        return {}
+    if isinstance(inputs, Mapping) and inputs and all(isinstance(v, Call) for v in inputs.values()):
+        return dict(inputs)
+    return {next(iter(plan.workload.signatures), "main"): as_call(inputs)}
+
+
+def _signatures(plan: Plan) -> set[tuple[Any, ...]]:
+    return set(plan.workload.signatures.values())
+
+
+def _has_plan(model: nn.Module) -> bool:
+    try:
+        call_counts(model)
+    except ModelError:
+        return False
+    return True
+
+
+def _here(plan: Plan) -> DeviceSpec:
+    """Return this machine's device of the plan's vendor, else its best one."""
+    try:
+        return detect(plan.device.vendor)
+    except KptError:
+        return detect()
