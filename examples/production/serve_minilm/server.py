@@ -96,13 +96,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def stop_on_sigterm() -> None:
+    """Let SIGTERM, which orchestrators send, do what Ctrl-C does: LitServe shuts down gracefully on Ctrl-C only."""
+    parent = os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        if os.getpid() == parent:
+            raise KeyboardInterrupt
+        raise SystemExit(0)  # a forked child of LitServe, which inherits this handler
+
+    signal.signal(signal.SIGTERM, stop)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C; then refuse new connections, answer what was admitted, and end."""
     arguments = parse(argv)
     with tempfile.TemporaryDirectory(prefix="serve-minilm-") as shared:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
         sys.path.insert(0, str(HERE))
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # LitServe shuts down gracefully on Ctrl-C only
+        stop_on_sigterm()
         build(arguments).run(
             host=arguments.host,
             port=arguments.port,
