@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from kernel_pytorch.core.types import Candidate, Measurement, Ratio, Status, Step, Trial
@@ -33,11 +34,18 @@ def test_the_unmodified_model_and_losers_are_no_finalists():
     assert finalists([trial(Candidate(), 1.5), trial(A, 0.9), trial(B, 1.0)], 0.02) == []
 
 
+def measured(ratio: float, noise: float, n: int = 40, status=Status.OK):
+    rng = np.random.default_rng(0)
+    base = tuple(rng.lognormal(0.0, noise, n))
+    ours = tuple(b / ratio * e for b, e in zip(base, rng.lognormal(0.0, noise, n), strict=True))
+    return Trial(A, status, phase="confirm", measurement=Measurement(ours, base, Ratio(ratio, ratio, ratio)))
+
+
 def test_confirmation_needs_both_a_gain_and_significance():
-    assert is_confirmed(trial(A, 1.10, low=1.05), 0.02)
-    assert not is_confirmed(trial(A, 1.10, low=0.99), 0.02)
-    assert not is_confirmed(trial(A, 1.01, low=1.005), 0.02)
-    assert not is_confirmed(trial(A, 2.0, status=Status.WRONG), 0.02)
+    assert is_confirmed(measured(1.10, 0.01), 0.02)
+    assert not is_confirmed(measured(1.10, 0.50), 0.02)
+    assert not is_confirmed(measured(1.01, 0.0001), 0.02)
+    assert not is_confirmed(measured(2.0, 0.01, status=Status.WRONG), 0.02)
 
 
 def test_every_loser_has_a_reason_in_words():

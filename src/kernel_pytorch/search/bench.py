@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from kernel_pytorch.catalog import TRANSFORMS, apply_candidate
-from kernel_pytorch.core.describe import make_optimizer, training_loss
 from torch import nn
 
+from kernel_pytorch.catalog import TRANSFORMS, apply_candidate
 from kernel_pytorch.core.config import KernelPyTorchConfig
+from kernel_pytorch.core.describe import make_optimizer, training_loss
 from kernel_pytorch.core.program import begin, clone_model
 from kernel_pytorch.core.protocols import HardwareManager, Program, Transform
 from kernel_pytorch.core.types import Candidate, Mode

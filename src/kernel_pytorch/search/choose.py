@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kernel_pytorch.core.types import Candidate, Ratio, Status, Trial
+from kernel_pytorch.measure.stats import confirmed
 
 __all__ = ["TIE", "finalists", "is_confirmed", "why_not"]
 
@@ -37,11 +38,10 @@ def finalists(trials: Iterable[Trial], min_gain: float, most: int = 3) -> list[T
 
 
 def is_confirmed(trial: Trial, min_gain: float) -> bool:
-    """Whether fresh samples show a gain of at least `min_gain`, and none at all is outside the interval."""
+    """Whether fresh samples, of a number fixed before they were seen, show a gain of at least `min_gain`."""
     if trial.status is not Status.OK or trial.measurement is None:
         return False
-    ratio = trial.measurement.ratio
-    return ratio.value >= 1.0 + min_gain and ratio.low > 1.0
+    return confirmed(trial.measurement.baseline_samples_ms, trial.measurement.samples_ms, min_gain)
 
 
 def why_not(trial: Trial, chosen: Candidate, min_gain: float) -> str:

@@ -18,17 +18,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from kernel_pytorch.catalog import TRANSFORMS
-from kernel_pytorch.measure.isolation import Workers, pack, unpack
 from pydantic import TypeAdapter
 
 from kernel_pytorch.backends import manager_for
+from kernel_pytorch.catalog import TRANSFORMS
 from kernel_pytorch.core.config import KernelPyTorchConfig
 from kernel_pytorch.core.protocols import Transform
 from kernel_pytorch.core.targets import load_target
 from kernel_pytorch.core.types import Status, Trial
 from kernel_pytorch.core.workload import Workload
 from kernel_pytorch.errors import KptError
+from kernel_pytorch.measure.isolation import Workers, pack, unpack
 from kernel_pytorch.search.bench import prepare_bench
 from kernel_pytorch.search.trial import TrialRequest, run_trial
 
@@ -102,10 +102,8 @@ class Jobs:
     def run(self, request: TrialRequest, *, timeout_s: float) -> Trial:
         """Run one trial. Whatever happens to the worker becomes the trial's status."""
         if self._workers is None:
-            bench = prepare_bench(
-                self.workload, self.config, manager_for(), seed=request.seed, transforms=self.transforms
-            )
-            return replace(run_trial(bench, request), isolation="none")
+            trial = _run(self.workload, self.config, request, self.transforms)
+            return replace(trial, isolation="none")
         payload = {
             "target": self.workload.target,
             "packed": self._packed,
@@ -137,9 +135,16 @@ def run_job(payload: bytes) -> str:
     workload, transforms = unpack(Path(job["packed"])) if job["packed"] else (None, None)
     if workload is None:
         workload = load_target(job["target"], trust_remote_code=config.trust_remote_code)
-    bench = prepare_bench(workload, config, manager_for(), seed=request.seed, transforms=transforms or TRANSFORMS)
-    trial = run_trial(bench, request)
-    return _TRIAL.dump_json(trial).decode()
+    return _TRIAL.dump_json(_run(workload, config, request, transforms or TRANSFORMS)).decode()
+
+
+def _run(
+    workload: Workload, config: KernelPyTorchConfig, request: TrialRequest, transforms: Sequence[Transform]
+) -> Trial:
+    """Run one trial here, on the inputs of the request's seed."""
+    config = config.but(seed=request.seed)
+    bench = prepare_bench(workload, config, manager_for(), seed=request.seed, transforms=transforms)
+    return run_trial(bench, request)
 
 
 def _preload() -> tuple[str, ...]:

@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from kernel_pytorch.catalog import apply_candidate
-from kernel_pytorch.core.describe import fingerprint
 from torch import nn
 
+from kernel_pytorch.catalog import apply_candidate
+from kernel_pytorch.core.describe import fingerprint
 from kernel_pytorch.core.program import begin, clone_call, clone_model, ship
 from kernel_pytorch.core.types import Candidate, Mode
 from kernel_pytorch.core.workload import Call

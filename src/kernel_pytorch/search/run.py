@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from kernel_pytorch.core.config import KernelPyTorchConfig
 from kernel_pytorch.core.types import Candidate, Event, Listener, Prediction, Status, Trial, Untried
+from kernel_pytorch.measure.stats import confirm_pairs
 from kernel_pytorch.search.choose import finalists, is_confirmed, why_not
 from kernel_pytorch.search.jobs import Jobs
 from kernel_pytorch.search.propose import Proposals
@@ -82,12 +83,13 @@ class Search:
         dearest = best[0].seconds if best else 0.0
         return dearest + _CONFIRM_SHARE * self.config.budget_s
 
-    def _try(self, candidate: Candidate, phase: str) -> Trial:
+    def _try(self, candidate: Candidate, phase: str, pairs: int = 0) -> Trial:
         share = _SCREEN_SHARE if phase == "screen" else _CONFIRM_SHARE
         request = TrialRequest(
             candidate,
             phase=phase,
             seconds=max(share * self.config.budget_s, 0.5),
+            pairs=pairs,
             seed=self.config.seed + (_SEED_OF_CONFIRMATION if phase == "confirm" else 0),
             memo_dir=self.jobs.memo_dir,
         )
@@ -105,7 +107,7 @@ class Search:
         """Return the first finalist that fresh samples confirm, else the unmodified model."""
         for finalist in finalists(self.evidence, self.config.min_gain):
             done = [t for t in self.evidence if t.phase == "confirm" and t.candidate == finalist.candidate]
-            trial = done[0] if done else self._try(finalist.candidate, "confirm")
+            trial = done[0] if done else self._try(finalist.candidate, "confirm", _pairs(finalist))
             if is_confirmed(trial, self.config.min_gain):
                 return trial
         kept = next(t for t in self.evidence if not t.candidate.steps)
@@ -128,3 +130,9 @@ class Search:
                 budget_s=self.config.budget_s,
             )
         )
+
+
+def _pairs(finalist: Trial) -> int:
+    """Return how many fresh pairs confirm what the screening saw."""
+    assert finalist.measurement is not None
+    return confirm_pairs(finalist.measurement.ratio, len(finalist.measurement.samples_ms))

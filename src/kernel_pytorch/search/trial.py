@@ -14,12 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_pytorch.core.describe import make_optimizer, training_loss
-from kernel_pytorch.measure.sampler import compare
-from kernel_pytorch.measure.stats import paired_ratio
-from kernel_pytorch.validation.numerics import Subject, judge, recompile_limit_is_an_error
 from torch import nn
 
+from kernel_pytorch.core.describe import make_optimizer, training_loss
 from kernel_pytorch.core.program import clone_model, ship
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import (
@@ -27,13 +24,16 @@ from kernel_pytorch.core.types import (
     Measurement,
     Numerics,
     NumericsReport,
-    Ratio,
     Status,
     Step,
     Trial,
 )
+from kernel_pytorch.measure.sampler import compare
+from kernel_pytorch.measure.stats import SCREEN_CONFIDENCE, paired_ratio, screen_stop
 from kernel_pytorch.search.bench import Bench, build
 from kernel_pytorch.search.layers import layer_times
+from kernel_pytorch.validation.numerics import Subject, judge
+from kernel_pytorch.validation.recompile import fail_on_recompile_limit
 
 __all__ = ["TrialRequest", "failure", "run_trial", "weighted"]
 
@@ -46,6 +46,7 @@ class TrialRequest:
         candidate: The steps.
         phase: `screen` or `confirm`.
         seconds: How long the interleaved measurement may take.
+        pairs: Number of pairs, fixed beforehand, of a confirmation; 0 lets the samples decide (a screening).
         seed: Seed of the inputs; a confirmation uses one that no screening saw.
         memo_dir: Where validators share oracle outputs and structural verdicts.
         level: Of the validation: quick, standard or strict.
@@ -54,6 +55,7 @@ class TrialRequest:
     candidate: Candidate
     phase: str = "screen"
     seconds: float = 4.0
+    pairs: int = 0
     seed: int = 0
     memo_dir: str = ""
     level: str = "standard"
@@ -66,7 +68,7 @@ def run_trial(bench: Bench, request: TrialRequest) -> Trial:
     try:
         with ExitStack() as stack:
             stack.enter_context(_deterministic(request.seed))
-            stack.enter_context(recompile_limit_is_an_error())
+            stack.enter_context(fail_on_recompile_limit())
             program = build(bench, clone_model(bench.model), request.candidate)
             shipped = ship(program, bench.model)
             compile_seconds = _first_call_seconds(bench, shipped)
@@ -164,25 +166,22 @@ def _why(report: NumericsReport) -> str:
 
 def _measure(bench: Bench, request: TrialRequest, program: Program, shipped: nn.Module) -> Measurement:
     """Time every case interleaved with the unmodified model, and weight them into one series."""
-    weights = bench.workload.weights
     optimizer = make_optimizer(bench.workload, bench.model.parameters()) if bench.training else None
+    stop = None if request.pairs else screen_stop(bench.config.min_gain)
     parts: list[tuple[float, Measurement]] = []
-    for case, weight in weights.items():
+    for case, weight in bench.workload.weights.items():
         part = compare(
             bench.manager,
             bench.step(bench.model, optimizer, case),
             bench.step(shipped, program.optimizer, case),
             max_seconds=request.seconds * weight,
-            min_pairs=8,
-            stop=_settled if request.phase == "screen" else None,
+            min_pairs=request.pairs or 8,
+            max_pairs=request.pairs or 200,
+            confidence=0.95 if request.pairs else SCREEN_CONFIDENCE,
+            stop=stop,
         )
-        parts.append((weight, part))
+        parts.append((weight, replace(part, ratio=paired_ratio(part.baseline_samples_ms, part.samples_ms))))
     return weighted(parts)
-
-
-def _settled(ratio: Ratio) -> bool:
-    """Screening may stop where the interval is narrow, or where the candidate clearly loses."""
-    return ratio.high - ratio.low < 0.02 * ratio.value or ratio.high < 0.97
 
 
 def weighted(parts: Sequence[tuple[float, Measurement]]) -> Measurement:
