@@ -169,8 +169,8 @@ def structure_checks(
     extra = [path for path in candidate.kinds if path not in reference.kinds]
     if extra:
         return [_fail(f"structure {extra[0]}", f"{extra[0]} is not in the reference's output", case, gate)]
-    for path, want in reference.tensors.items():
-        bad += _tensor_findings(path, candidate, want, reference, case, gate, lifted)
+    for path in reference.tensors:
+        bad += _tensor_findings(path, candidate, reference, case, gate, lifted=lifted)
     for path, value in reference.scalars.items():
         got_value = candidate.scalars[path]
         if isinstance(value, float) and isinstance(got_value, float):
@@ -183,12 +183,13 @@ def structure_checks(
 
 
 def _tensor_findings(
-    path: str, candidate: Flat, want: torch.Tensor, reference: Flat, case: str, gate: Gate, lifted: bool  # noqa: FBT001
+    path: str, candidate: Flat, reference: Flat, case: str, gate: Gate, *, lifted: bool
 ) -> list[Check]:
-    got = candidate.tensors[path]
+    got, want = candidate.tensors[path], reference.tensors[path]
     bad = []
     if got.shape != want.shape:
-        return [_fail(f"shape {path}", f"{path} has shape {tuple(got.shape)}; the reference {tuple(want.shape)}", case, gate)]
+        detail = f"{path} has shape {tuple(got.shape)}; the reference {tuple(want.shape)}"
+        return [_fail(f"shape {path}", detail, case, gate)]
     floats = want.dtype.is_floating_point and got.dtype.is_floating_point
     inside_opaque = any(path.startswith(o) for o in reference.opaque)
     if got.dtype != want.dtype and not (floats and (lifted or inside_opaque)):
@@ -197,7 +198,8 @@ def _tensor_findings(
         bad.append(_fail(f"device {path}", f"{path} is on {got.device}; the reference on {want.device}", case, gate))
     grad, want_grad = candidate.requires_grad.get(path), reference.requires_grad.get(path)
     if grad != want_grad:
-        bad.append(_fail(f"requires_grad {path}", f"{path}.requires_grad is {grad}; the reference {want_grad}", case, gate))
+        detail = f"{path}.requires_grad is {grad}; the reference {want_grad}"
+        bad.append(_fail(f"requires_grad {path}", detail, case, gate))
     if _has_nan(got) and not _has_nan(want):
         bad.append(_fail(f"finite {path}", f"{path} holds NaN; the reference is finite", case, gate))
     elif _has_inf(got) and not _has_inf(want):
@@ -239,7 +241,7 @@ def tensor_error(got: torch.Tensor, want: torch.Tensor) -> Error:
     rows_at_once = max(1, _CHUNK_ELEMENTS // columns)
     parts = [
         _row_norms(g.double(), w.double())
-        for g, w in zip(got.split(rows_at_once), want.split(rows_at_once), strict=True)
+        for g, w in zip(torch.split(got, rows_at_once), torch.split(want, rows_at_once), strict=True)
     ]
     if any(p is None for p in parts):
         return Error(math.inf, 0.0, count=want.numel())

@@ -23,7 +23,7 @@ def _ok(name: str, case: str = "") -> Check:
     return Check(name, Gate.CONTRACT, 0.0, 0.0, "", case)
 
 
-def sequence_checks(  # noqa: PLR0913
+def sequence_checks(
     got: Observed, want: Observed, case: str, *, repeats: list[tuple[int, int]], tolerance: float, noise: float
 ) -> list[Check]:
     """Compare what a sequence of calls returned and left behind with the unmodified model's.
@@ -50,7 +50,7 @@ def sequence_checks(  # noqa: PLR0913
         else _ok("output kept", case)
     )
     checks.append(_inputs(got, want, case, tolerance))
-    checks.extend(_repeats(got, want, case, repeats, tolerance, noise))
+    checks.extend(_repeats(got, want, case, repeats=repeats, tolerance=tolerance, noise=noise))
     checks.extend(_state(got, want, case, tolerance))
     return checks
 
@@ -74,7 +74,7 @@ def _worst(got: Flat, want: Flat, paths: set[str]) -> float:
 
 
 def _repeats(
-    got: Observed, want: Observed, case: str, repeats: list[tuple[int, int]], tolerance: float, noise: float
+    got: Observed, want: Observed, case: str, *, repeats: list[tuple[int, int]], tolerance: float, noise: float
 ) -> list[Check]:
     checks = []
     for i, j in repeats:
@@ -95,11 +95,12 @@ def _state(got: Observed, want: Observed, case: str, tolerance: float) -> list[C
     modules = [k for k in got.changed if k.startswith("module ") and k not in want.changed]
     checks = []
     if modules:
-        checks.append(_fail("modules", f"{modules[0].removeprefix('module ') or 'the model'} changes mode or hooks", case))
+        who = modules[0].removeprefix("module ") or "the model"
+        checks.append(_fail("modules", f"{who} changes mode or hooks", case))
     if mine - theirs:
         checks.append(_fail(f"state {min(mine - theirs)}", "is changed by a call; the reference leaves it", case))
     if theirs - mine:
-        checks.append(_fail(f"state {min(theirs - mine)}", "is no longer updated by a call; the reference does so", case))
+        checks.append(_fail(f"state {min(theirs - mine)}", "is no longer updated; the reference does so", case))
     budget = max(0.1, 5 * tolerance)
     for name, delta in want.deltas.items():
         if name in got.deltas and got.deltas[name].shape == delta.shape:
@@ -131,20 +132,9 @@ def module_checks(candidate: nn.Module, reference: nn.Module, mode: Mode, *, sam
     """
     checks = []
     if type(candidate) is not type(reference):
-        checks.append(_fail("class", f"is {type(candidate).__qualname__}; the reference {type(reference).__qualname__}"))
-    mine, theirs = candidate.state_dict(), reference.state_dict()
-    lost, added = sorted(theirs.keys() - mine.keys()), sorted(mine.keys() - theirs.keys())
-    if lost or added:
-        what = f"{lost[0]} is missing" if lost else f"{added[0]} is new"
-        checks.append(_fail("state_dict", f"{what}: the original checkpoint no longer fits"))
-    for name in theirs.keys() & mine.keys():
-        a, b = mine[name], theirs[name]
-        if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
-            continue
-        if a.shape != b.shape:
-            checks.append(_fail(f"state_dict {name}", f"has shape {tuple(a.shape)}; the reference {tuple(b.shape)}"))
-        elif a.dtype != b.dtype and (same_dtypes or mode is Mode.TRAINING):
-            checks.append(_fail(f"state_dict {name}", f"is {a.dtype}; the reference {b.dtype}"))
+        names = [type(m).__qualname__ for m in (candidate, reference)]
+        checks.append(_fail("class", f"is {names[0]}; the reference {names[1]}"))
+    checks += _state_dict(candidate, reference, same_dtypes=same_dtypes or mode is Mode.TRAINING)
     missing = [g for g in ties(reference) if not any(g <= h for h in ties(candidate))]
     if missing:
         checks.append(_fail("ties", f"{' and '.join(sorted(missing[0]))} are no longer one tensor"))
@@ -159,3 +149,21 @@ def module_checks(candidate: nn.Module, reference: nn.Module, mode: Mode, *, sam
         if other:
             checks.append(_fail("requires_grad", f"{other[0]}.requires_grad differs from the reference"))
     return checks or [_ok("module")]
+
+
+def _state_dict(candidate: nn.Module, reference: nn.Module, *, same_dtypes: bool) -> list[Check]:
+    checks = []
+    mine, theirs = candidate.state_dict(), reference.state_dict()
+    lost, added = sorted(theirs.keys() - mine.keys()), sorted(mine.keys() - theirs.keys())
+    if lost or added:
+        what = f"{lost[0]} is missing" if lost else f"{added[0]} is new"
+        checks.append(_fail("state_dict", f"{what}: the original checkpoint no longer fits"))
+    for name in theirs.keys() & mine.keys():
+        a, b = mine[name], theirs[name]
+        if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+            continue
+        if a.shape != b.shape:
+            checks.append(_fail(f"state_dict {name}", f"has shape {tuple(a.shape)}; the reference {tuple(b.shape)}"))
+        elif a.dtype != b.dtype and same_dtypes:
+            checks.append(_fail(f"state_dict {name}", f"is {a.dtype}; the reference {b.dtype}"))
+    return checks

@@ -29,11 +29,11 @@ def _wide_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if wide is tensor.dtype else tensor.to(wide)
 
 
-class _Lift(TorchDispatchMode):
+class _Lift(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Replaces every low-precision float dtype an operator is asked for by fp64, and mixed arguments by wide ones."""
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None  # noqa: ARG002
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func.name() in _BITS:
@@ -69,7 +69,7 @@ def lifted(*, hard_casts: bool = True) -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     try:
         if hard_casts:
-            with _Lift():
+            with _Lift():  # type: ignore[no-untyped-call]
                 yield
         else:
             yield

@@ -7,10 +7,11 @@ kernel (quantised operands), precision (what ships against fp64), training (grad
 
 from __future__ import annotations
 
-from kernel_pytorch.core.types import Check, NumericsReport
+from kernel_pytorch.core.types import Check, NumericsReport, Step
 from kernel_pytorch.validation.contract import module_checks, sequence_checks
 from kernel_pytorch.validation.oracle import Oracle
 from kernel_pytorch.validation.precision import budgets, precision_checks
+from kernel_pytorch.validation.structure import structure
 from kernel_pytorch.validation.subject import Memo, Observed, Subject, observe
 
 __all__ = ["Subject", "judge"]
@@ -58,6 +59,11 @@ def judge(subject: Subject, *, level: str = "standard") -> NumericsReport:
     )
     low = [s for s in subject.candidate.steps if not subject.structural(s)]
     seen = _contract(subject, oracle, report, exact=not low)
+    if not report.failed and level != "quick":
+        verdict = structure(subject, oracle, level)
+        report.checks += verdict.checks
+        report.unchecked += verdict.unchecked
+        report.diverged_at = verdict.diverged_at
     if not report.failed:
         _precision(subject, oracle, report, seen, low)
     report.unchecked += oracle.unchecked
@@ -93,7 +99,7 @@ def _contract(subject: Subject, oracle: Oracle, report: _Report, *, exact: bool)
 
 
 def _precision(
-    subject: Subject, oracle: Oracle, report: _Report, seen: dict[str, Observed], low: list
+    subject: Subject, oracle: Oracle, report: _Report, seen: dict[str, Observed], low: list[Step]
 ) -> None:
     for case, got in seen.items():
         distinct, _ = _indices(oracle, case)

@@ -1,4 +1,4 @@
-"""What is known of the unmodified model: its own outputs and side effects, its fp64 outputs, and what plain casting costs."""
+"""What is known of the unmodified model: its outputs, side effects, fp64 outputs, what casting costs."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Oracle:
         exact_dtype: `float64`, or `float32` where the model has operators without fp64.
     """
 
-    def __init__(  # noqa: D107
+    def __init__(
         self, workload: Workload, reference: nn.Module, mode: Mode, place: Callable[[Any], Any], memo: Memo,
         *, seed: int = 0, level: str = "standard",
     ) -> None:
@@ -206,7 +206,7 @@ class Oracle:
             return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
         model = clone_model(self.reference)
-        model._apply(low)  # noqa: SLF001
+        model._apply(low)  # type: ignore[no-untyped-call]  # noqa: SLF001
         args, kwargs = pytree.tree_map(low, (call.args, dict(call.kwargs)))
         return flatten(run(model, clone_call(Call(args, kwargs)), self.mode, seed)).frozen()
 

@@ -76,7 +76,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 def routed(program: Program) -> nn.Module:
     """Return a program's module whose call is the program's; unlike a shipped one it takes any inputs."""
-    program.model._compiled_call_impl = program.call  # type: ignore[assignment]  # noqa: SLF001
+    program.model._compiled_call_impl = program.call  # noqa: SLF001
     return program.model
 
 
@@ -167,7 +167,7 @@ def observe(model: nn.Module, calls: Sequence[tuple[Call, int]], mode: Mode) -> 
         seen.outputs.append(live.frozen())
         after, given_flat = (flatten((c.args, dict(c.kwargs)), "input") for c in (call, given))
         seen.inputs.append(after.frozen())
-        changed = [k for k, v in given_flat.tensors.items() if _differs(after.tensors.get(k, v[:0] if v.dim() else v), v)]
+        changed = [k for k, v in given_flat.tensors.items() if k not in after.tensors or _differs(after.tensors[k], v)]
         if changed:
             seen.mutated[i] = changed
     now = state_digest(model)

@@ -1,22 +1,41 @@
-"""Compare any two modules: the same function, and how fast one is against the other."""
+"""Compare any two modules: are they the same function, where do they first part, and is one slower."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from kernel_pytorch.core.config import KernelPyTorchConfig
-from kernel_pytorch.core.program import begin
-from kernel_pytorch.core.types import Candidate, NumericsReport
-from kernel_pytorch.core.workload import as_workload
+from kernel_pytorch.core.program import begin, clone_call, clone_model
+from kernel_pytorch.core.protocols import Program
+from kernel_pytorch.core.types import Candidate, Measurement, Mode, NumericsReport, Ratio, Step
+from kernel_pytorch.core.workload import Call, as_call, as_workload
+from kernel_pytorch.validation.lift import lifted_model
+from kernel_pytorch.validation.locate import first_difference
 from kernel_pytorch.validation.numerics import Subject, judge
+from kernel_pytorch.validation.vary import zero_dropout
 
-__all__ = ["UnifiedValidator"]
+__all__ = ["PerformanceVerdict", "UnifiedValidator", "first_divergence"]
+
+_LOW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class PerformanceVerdict:
+    """Whether a module is slower than another: `verdict` is `PASS`, `FAIL` or `INCONCLUSIVE`."""
+
+    verdict: str
+    ratio: Ratio
+    measurement: Measurement
 
 
 class UnifiedValidator:
-    """Validates one module against another; what produced it need not be known."""
+    """Validates one module against another; how it came about need not be known."""
 
     def __init__(self, config: KernelPyTorchConfig | None = None) -> None:
         self.config = config or KernelPyTorchConfig()
@@ -24,15 +43,105 @@ class UnifiedValidator:
     def validate(
         self, candidate: nn.Module, reference: nn.Module, inputs: Any, level: str = "standard"
     ) -> NumericsReport:
-        """Return every comparison of two modules."""
+        """Compare two modules; neither is changed.
+
+        Where the `state_dict` keys and shapes of both agree, they are also compared in fp64 at perturbed parameters and
+        on varied inputs, so that what hides behind a bias of 0 is seen.
+
+        Args:
+            candidate: What to judge.
+            reference: What it must equal.
+            inputs: Example inputs, as `kernel_pytorch.optimize` takes them.
+            level: `quick`, `standard` or `strict`.
+        """
         workload = as_workload((reference, inputs))
         calls = {"main": workload.call("main", 0)}
-        program = begin(candidate, self.config.mode, calls)
+        steps = [Step("candidate")] if _same_state(candidate, reference) else []
+        dtype = _main_dtype(candidate)
+        low = None if dtype is None or dtype is _main_dtype(reference) else _LOW.get(dtype)
+        if low:
+            steps.append(Step("dtype", {"to": low}))
         return judge(
             Subject(
-                workload=workload, candidate=Candidate(), config=self.config, reference=reference, program=program,
-                build=lambda model, _, calls: begin(model, self.config.mode, calls), place=lambda x: x,
-                structural=lambda _: True,
+                workload=workload, candidate=Candidate(tuple(steps)), config=self.config, reference=reference,
+                program=begin(clone_model(candidate), self.config.mode, calls),
+                build=partial(_with_state, candidate, self.config.mode), place=lambda tree: tree,
+                structural=lambda step: step.transform == "candidate",
             ),
             level=level,
-        )
+        )  # fmt: skip
+
+    def check_performance(
+        self, candidate: nn.Module, reference: nn.Module, inputs: Any, *, max_slowdown: float = 0.03
+    ) -> PerformanceVerdict:
+        """Time two modules side by side and say whether the candidate is slower.
+
+        Args:
+            candidate: What may have become slower.
+            reference: What it is compared with.
+            inputs: Example inputs, at the modules' own device.
+            max_slowdown: Largest acceptable loss of speed, as a fraction.
+
+        Returns:
+            `PASS` where the whole interval of the speed-up is above `1 - max_slowdown`, `FAIL` where all of it is
+            below, else `INCONCLUSIVE`.
+        """
+        from kernel_pytorch.backends import manager_for
+        from kernel_pytorch.measure.sampler import compare
+
+        call = as_call(inputs)
+        limit = 1.0 - max_slowdown
+        device = next((p.device.type for p in reference.parameters()), "cpu")
+
+        def once(model: nn.Module) -> Any:
+            with torch.set_grad_enabled(self.config.mode is Mode.TRAINING):
+                return model(*call.args, **call.kwargs)
+
+        measured = compare(
+            manager_for(device), partial(once, reference), partial(once, candidate),
+            max_seconds=min(30.0, self.config.budget_s), stop=lambda ratio: ratio.low > limit or ratio.high < limit,
+        )  # fmt: skip
+        ratio = measured.ratio
+        verdict = "PASS" if ratio.low > limit else "FAIL" if ratio.high < limit else "INCONCLUSIVE"
+        return PerformanceVerdict(verdict, ratio, measured)
+
+
+def first_divergence(candidate: nn.Module, reference: nn.Module, call: Any, *, tolerance: float = 1e-4) -> str:
+    """Return the path of the first submodule whose output differs; empty where none does; neither is changed.
+
+    Args:
+        candidate: Its submodule paths are matched with the reference's.
+        reference: What it must equal, in the mode in which to compare.
+        call: Example inputs.
+        tolerance: Relative error of the worst row that counts as different.
+    """
+    mode = Mode.TRAINING if reference.training else Mode.INFERENCE
+    mine, theirs = clone_model(candidate), clone_model(reference)
+    return first_difference(mine, mine, theirs, clone_call(as_call(call)), mode, tolerance=tolerance)
+
+
+def _main_dtype(model: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+def _same_state(candidate: nn.Module, reference: nn.Module) -> bool:
+    mine, theirs = (
+        {k: tuple(v.shape) for k, v in m.state_dict().items() if isinstance(v, torch.Tensor)}
+        for m in (candidate, reference)
+    )
+    return mine == theirs
+
+
+def _with_state(
+    candidate: nn.Module, mode: Mode, perturbed: nn.Module, part: Candidate, calls: Mapping[str, Call]
+) -> Program:
+    """Return the candidate at the state and precision of a perturbed copy of the reference."""
+    del part
+    model = clone_model(candidate)
+    zero_dropout(model)
+    if _main_dtype(perturbed) is torch.float64:
+        lifted_model(model)
+    elif _main_dtype(perturbed) is not _main_dtype(model):
+        model.to(_main_dtype(perturbed))
+    model.load_state_dict(perturbed.state_dict())
+    return begin(model, mode, calls)

@@ -62,7 +62,7 @@ def _is_mask(value: torch.Tensor) -> bool:
     if not bool(value.isfinite().all()) or value.abs().max() > 1e30:
         return True
     head = value.flatten()[:65536]
-    distinct = int(head.unique().numel())
+    distinct = int(head.unique().numel())  # type: ignore[no-untyped-call]
     return 1 < distinct <= _FEW and value.numel() > 2 * distinct
 
 
@@ -101,7 +101,7 @@ def redrawn(call: Call, seed: int) -> Call:
             return near.requires_grad_(leaf.requires_grad)
         if plain.dim() == 0:
             return leaf
-        values = plain.unique()
+        values = plain.unique()  # type: ignore[no-untyped-call]
         if values.numel() > _FEW and plain.dim() > 1:
             first = plain[:, :1]
             pick = torch.randint(values.numel(), plain.shape, generator=generator)
@@ -185,7 +185,8 @@ def variations(level: str, seed: int, call: Call) -> list[tuple[str, Call]]:
     shapes: dict[str, tuple[int | None, int | None]] = {}
     if batch > 1:
         shapes["2 rows"] = (2, None)
-        shapes[f"batch {batch + 1}, length {max(1, length // 2)}"] = (batch + 1, max(1, length // 2) if length else None)
+        half = max(1, length // 2)
+        shapes[f"batch {batch + 1}, length {half}"] = (batch + 1, half if length else None)
         shapes["1 row"] = (1, None)
     else:
         shapes["own shape"] = (None, None)

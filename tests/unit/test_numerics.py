@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernel_pytorch.core.config import KernelPyTorchConfig
+from kernel_pytorch.core.program import begin, clone_model, ship
+from kernel_pytorch.core.types import Candidate, Gate, Mode, NumericsReport, Step
+from kernel_pytorch.core.workload import Workload, as_workload
+from kernel_pytorch.validation.numerics import Subject, judge
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.heads = heads
+        self.scale = (width // heads) ** -0.5
+
+    def forward(self, x, mask):
+        b, n, w = x.shape
+        q, k, v = (p(x).view(b, n, self.heads, -1).transpose(1, 2) for p in (self.query, self.key, self.value))
+        scores = (q @ k.transpose(-1, -2)) * self.scale
+        scores = scores.masked_fill(mask[:, None, None] == 0, torch.finfo(scores.dtype).min)
+        return self.out((scores.float().softmax(-1).type_as(v) @ v).transpose(1, 2).reshape(b, n, w))
+
+
+class Bert(nn.Module):
+    """Post-norm encoder with biases of 0 and gammas of 1, and a hard-coded cast to float32."""
+
+    def __init__(self, width: int = 32, layers: int = 2) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, width)
+        self.positions = nn.Embedding(64, width)
+        self.layers = nn.ModuleList()
+        for _ in range(layers):
+            parts = {
+                "attention": Attention(width, 4), "norm1": nn.LayerNorm(width),
+                "up": nn.Linear(width, 2 * width), "down": nn.Linear(2 * width, width), "norm2": nn.LayerNorm(width),
+            }
+            self.layers.append(nn.ModuleDict(parts))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, input_ids, attention_mask):
+        x = self.words(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
+        for layer in self.layers:
+            x = layer["norm1"](x + layer["attention"](x, attention_mask))
+            x = layer["norm2"](x + layer["down"](F.gelu(layer["up"](x))))
+        return {"last_hidden_state": x, "pooled": x.mean(1)}
+
+
+def bert_inputs(seed: int):
+    ids = torch.randint(1, 50, (5, 9))
+    mask = torch.ones(5, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+class ConvNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(x + self.bn2(self.conv2(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(6, 12, batch_first=True)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x):
+        out, hidden = self.gru(x)
+        logits = self.head(out)
+        return logits, logits.argmax(-1), hidden
+
+
+class TiedLM(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 16)
+        self.mix = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 40, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.mix(self.embed(ids))))
+
+
+class DropoutMLP(nn.Module):
+    def __init__(self, p: float = 0.2) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Dropout(p), nn.Linear(64, 3))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
+    "bert": (Bert, bert_inputs),
+    "conv": (ConvNet, lambda seed: torch.randn(4, 3, 8, 8)),
+    "gru": (Tagger, lambda seed: torch.randn(4, 7, 6)),
+    "tied": (TiedLM, lambda seed: torch.randint(0, 40, (3, 8))),
+    "mlp": (DropoutMLP, lambda seed: torch.randn(6, 10)),
+}
+
+
+@dataclass
+class Change:
+    """A step of the tests: what it does to a program, and whether it is structural."""
+
+    name: str
+    do: Callable[[Any], None]
+    low: str = ""
+
+
+def bf16() -> Change:
+    def do(program):
+        inner = program.call
+        program.model.to(torch.bfloat16)
+
+        def call(*args, **kwargs):
+            low = torch.utils._pytree.tree_map(
+                lambda t: t.bfloat16() if isinstance(t, torch.Tensor) and t.is_floating_point() else t, (args, kwargs)
+            )
+            return torch.utils._pytree.tree_map(
+                lambda t: t.float() if isinstance(t, torch.Tensor) and t.is_floating_point() else t,
+                inner(*low[0], **low[1]),
+            )
+
+        program.call = call
+
+    return Change("dtype", do, "bfloat16")
+
+
+def judged(
+    name: str, *changes: Change, level: str = "standard", mode: Mode = Mode.INFERENCE, memo=None, seed: int = 0,
+    workload: Workload | None = None, **config: Any,
+) -> NumericsReport:
+    make, inputs = MODELS.get(name, (None, None))
+    torch.manual_seed(1)
+    workload = workload or Workload(model=make, inputs=inputs)
+    settings = KernelPyTorchConfig(mode=mode, seed=seed, **config)
+    reference = workload.model().train(mode is Mode.TRAINING)
+    by_name = {c.name: c for c in changes}
+
+    def build(model, candidate, calls):
+        program = begin(model, mode, calls)
+        for step in candidate.steps:
+            by_name[step.transform].do(program)
+        return program
+
+    candidate = Candidate(tuple(Step(c.name, {"to": c.low} if c.low else {}) for c in changes))
+    calls = {case: workload.call(case, 0) for case in workload.cases}
+    program = build(clone_model(reference), candidate, calls)
+    ship(program, None)
+    return judge(
+        Subject(
+            workload=workload, candidate=candidate, config=settings, reference=reference, program=program,
+            build=build, place=lambda x: x, structural=lambda s: not by_name[s.transform].low, memo_dir=memo,
+        ),
+        level=level,
+    )
+
+
+def wrap(name: str, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Change:
+    def do(program):
+        program.call = change(program.call)
+
+    return Change(name, do)
+
+
+def gate_of(report: NumericsReport) -> Gate:
+    assert not report.passed, [(c.name, c.error, c.budget, c.case) for c in report.checks]
+    assert report.worst is not None
+    return report.worst.gate
+
+
+def nothing() -> Change:
+    return Change("nothing", lambda program: None)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_a_faithful_step_passes_near_exactly(name, tmp_path):
+    report = judged(name, nothing(), memo=tmp_path)
+    assert report.passed, report.worst
+    structure = [c for c in report.checks if c.gate is Gate.STRUCTURE]
+    assert len(structure) >= 4
+    assert max(c.error for c in structure) < 1e-12
+    assert report.cosine > 0.999999
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_plain_bf16_passes_within_twice_its_own_cost(name):
+    report = judged(name, bf16(), max_error=0.2)
+    assert report.passed, report.worst
+    assert 0 < report.max_rel_error <= report.budget <= 0.5
+
+
+def test_a_hidden_bias_is_found_although_it_is_zero():
+    def drop(program):
+        linear = program.model.layers[1]["up"]
+        linear.forward = lambda x: F.linear(x, linear.weight)
+
+    report = judged("bert", Change("drop_bias", drop))
+    assert gate_of(report) is Gate.STRUCTURE
+    assert report.diverged_at == "layers.1.up"
+
+
+def test_a_layer_norm_eps_ten_times_too_large_is_found_behind_bf16():
+    def eps(program):
+        program.model.layers[0]["norm1"].eps *= 10
+
+    assert gate_of(judged("bert", Change("eps", eps), bf16())) is Gate.STRUCTURE
+
+
+def test_a_softmax_scale_off_by_a_percent_is_found_behind_bf16():
+    def scale(program):
+        program.model.layers[0]["attention"].scale *= 1.01
+
+    report = judged("bert", Change("scale", scale), bf16())
+    assert gate_of(report) is Gate.STRUCTURE
+    assert report.diverged_at.startswith("layers.0.attention")
+
+
+def test_an_error_at_another_length_only_is_found():
+    def short(inner):
+        def call(input_ids, attention_mask):
+            out = inner(input_ids=input_ids, attention_mask=attention_mask)
+            return {k: v * (1.01 if input_ids.shape[1] > 9 else 1.0) for k, v in out.items()}
+
+        return call
+
+    report = judged("bert", wrap("longer", short))
+    assert gate_of(report) is Gate.STRUCTURE
+    assert "length" in report.worst.case
+
+
+def test_an_error_at_another_batch_size_only_is_found():
+    def other(inner):
+        return lambda x: inner(x) * (1.0 if x.shape[0] == 6 else 1.001)
+
+    assert gate_of(judged("mlp", wrap("batch", other))) is Gate.STRUCTURE
+
+
+def test_an_output_that_becomes_nan_at_the_third_call_is_found():
+    def third(inner):
+        count = [0]
+
+        def call(x):
+            count[0] += 1
+            return inner(x) * (math.nan if count[0] == 3 else 1.0)
+
+        return call
+
+    report = judged("mlp", wrap("third", third), level="quick")
+    assert gate_of(report) is Gate.CONTRACT
+    assert "NaN" in report.worst.detail
+    assert "call 3" in report.worst.detail
+
+
+def test_an_output_overwritten_by_the_next_call_is_found():
+    def alias(inner):
+        held = {}
+
+        def call(x):
+            out = inner(x)
+            if out.shape in held:
+                return held[out.shape].copy_(out)
+            held[out.shape] = out
+            return out
+
+        return call
+
+    report = judged("mlp", wrap("alias", alias))
+    assert gate_of(report) is Gate.CONTRACT
+    assert any(c.name == "output kept" and not c.passed for c in report.checks)
+
+
+def test_an_input_mutated_in_place_is_found():
+    report = judged("mlp", wrap("mutate", lambda inner: lambda x: inner(x.mul_(1.0).add_(1e-3)) * 1.0))
+    assert gate_of(report) is Gate.CONTRACT
+    assert any(c.name == "inputs" and not c.passed for c in report.checks)
+
+
+def test_changed_dtype_structure_and_batch_order_are_found():
+    assert gate_of(judged("mlp", wrap("half", lambda inner: lambda x: inner(x).half()))) is Gate.CONTRACT
+    tuples = wrap("tuple", lambda inner: lambda **k: tuple(inner(**k).values()))
+    assert gate_of(judged("bert", tuples)) is Gate.CONTRACT
+    assert gate_of(judged("mlp", wrap("flip", lambda inner: lambda x: inner(x).flip(0)))) is Gate.STRUCTURE
+
+
+def test_untied_weights_are_found():
+    def untie(program):
+        program.model.head.weight = nn.Parameter(program.model.head.weight.detach().clone())
+
+    report = judged("tied", Change("untie", untie))
+    assert gate_of(report) is Gate.CONTRACT
+    assert report.worst.name == "ties"
+
+
+def test_a_module_in_the_wrong_mode_is_found():
+    report = judged("mlp", Change("train", lambda program: program.model.net[2].train()))
+    assert any(c.name == "modes" and not c.passed for c in report.checks)
+
+
+def test_verdicts_and_oracles_are_kept_between_trials(tmp_path, monkeypatch):
+    first = judged("bert", nothing(), memo=tmp_path)
+    files = sorted(tmp_path.glob("*.pt"))
+    assert files
+    import kernel_pytorch.validation.structure as structure
+
+    def never(*_args, **_kwargs):
+        raise AssertionError("judged again")
+
+    monkeypatch.setattr(structure._Trial, "run", never)
+    second = judged("bert", nothing(), memo=tmp_path)
+    assert sorted(tmp_path.glob("*.pt")) == files
+    structural = [[c for c in r.checks if c.gate is Gate.STRUCTURE] for r in (first, second)]
+    assert structural[0] == structural[1]
+
+
+def test_as_workload_of_a_model_in_memory_is_left_alone():
+    model = DropoutMLP().eval()
+    before = copy.deepcopy(model.state_dict())
+    report = judged("", nothing(), workload=as_workload((model, torch.randn(4, 10))))
+    assert report.passed
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert model._compiled_call_impl is None
