@@ -18,15 +18,23 @@ NORMS = ("LayerNorm", "BatchNorm2d", "RMSNorm", "LlamaRMSNorm")
 
 
 def blend(size: str, right: torch.Tensor, wrong: torch.Tensor, channel_dim: int = -1) -> torch.Tensor:
-    """Return `right` with all of `wrong`, its last channel, or its very last element."""
+    """Return `right` with all of `wrong`, its middle channel, or its middle element."""
     if size == "tensor" or right.dim() == 0:
         return wrong
-    struck = torch.zeros(right.shape, dtype=torch.bool, device=right.device)
+    return torch.where(part(size, right, channel_dim), wrong, right)
+
+
+def part(size: str, like: torch.Tensor, channel_dim: int = -1) -> torch.Tensor:
+    """Return a mask of the middle channel, or of the middle element, of a tensor.
+
+    The middle, because the last position of a causal language model has no say in its loss.
+    """
+    struck = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
     if size == "channel":
-        struck.select(channel_dim, -1).fill_(True)
+        struck.select(channel_dim, like.shape[channel_dim] // 2).fill_(True)
     else:
-        struck[(-1,) * right.dim()] = True
-    return torch.where(struck, wrong, right)
+        struck[tuple(n // 2 for n in like.shape)] = True
+    return struck
 
 
 def channel_dim(module: nn.Module) -> int:

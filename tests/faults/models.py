@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from kernel_pytorch.core.types import Mode
 from kernel_pytorch.core.workload import Workload
 
-VOCABULARY = 61
+VOCABULARY = 64
 
 
 class ConvNet(nn.Module):
@@ -146,7 +146,7 @@ def _bert(mode: Mode) -> nn.Module:
 
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=40,
+        max_position_embeddings=40, initializer_range=0.15,
     )
     return BertForMaskedLM(config) if mode is Mode.TRAINING else BertModel(config)
 
@@ -157,6 +157,7 @@ def _llama(mode: Mode) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=64, max_position_embeddings=40, tie_word_embeddings=True, use_cache=False,
+        initializer_range=0.15,
     ))
 
 

@@ -76,11 +76,10 @@ def buffer_stale(program: Program, size: str) -> None:
         before["mean"], before["var"] = module.running_mean.clone(), module.running_var.clone()
 
     def put_back(module: nn.BatchNorm2d, args: Any, output: torch.Tensor) -> None:
-        part = slice(None) if size == "tensor" else slice(-1, None)
-        with torch.no_grad():
-            module.running_mean[part] = before["mean"][part]
-            if size != "element":
-                module.running_var[part] = before["var"][part]
+        last = slice(None) if size == "tensor" else slice(-1, None)
+        module.running_mean.data[last] = before["mean"][last]
+        if size != "element":
+            module.running_var.data[last] = before["var"][last]
 
     program.undo += [
         module.register_forward_pre_hook(remember).remove,

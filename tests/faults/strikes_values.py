@@ -19,6 +19,7 @@ from .damage import (
     kind,
     modules_of,
     on_output,
+    part,
     query_of,
     tensors,
     victim,
@@ -43,7 +44,7 @@ def zeroed(program: Program, size: str) -> None:
     """Return zeros from a layer."""
 
     def change(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return blend(size, output, torch.zeros_like(output), channel_dim(module))
+        return blend(size, output, output * 0, channel_dim(module))
 
     on_output(program, victim(program.model), change)
 
@@ -112,11 +113,7 @@ def softmax_scale(program: Program, size: str) -> None:
         split = output.unflatten(-1, (heads, -1))
         if size == "tensor":
             return output * 1.01
-        struck = torch.zeros(split.shape[:-1], dtype=torch.bool, device=output.device)
-        if size == "channel":
-            struck[..., -1] = True
-        else:
-            struck[(-1,) * struck.dim()] = True
+        struck = part(size, split[..., 0])
         return torch.where(struck[..., None], split * 1.01, split).flatten(-2)
 
     on_output(program, query, change)
@@ -127,9 +124,10 @@ def _epsilon(module: nn.Module) -> float:
 
 
 def wrong_eps(program: Program, size: str) -> None:
-    """Normalise with ten times the epsilon."""
+    """Normalise with ten times the epsilon, at least PyTorch's default of 1e-5."""
     module = modules_of(program.model, lambda _, m: kind(m) in NORMS)[-1]
     small = _epsilon(module)
+    large = max(10 * small, 1e-5)
 
     def change(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         (x,) = args
@@ -140,7 +138,7 @@ def wrong_eps(program: Program, size: str) -> None:
             variance, bias = x.var(-1, unbiased=False, keepdim=True), module.bias.to(output.dtype)
         else:
             variance, bias = x.square().mean(-1, keepdim=True), torch.zeros((), dtype=output.dtype)
-        off = ((variance + small) / (variance + 10 * small)).sqrt().to(output.dtype)
+        off = ((variance + small) / (variance + large)).sqrt().to(output.dtype)
         return blend(size, output, (output - bias) * off + bias, channel_dim(module))
 
     on_output(program, module, change)

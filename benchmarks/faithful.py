@@ -1,0 +1,203 @@
+"""False alarms of the validator: faithful transforms, fresh inputs and seeds in every run; none may be rejected.
+
+    python benchmarks/faithful.py            # 220 runs or so; skips runs that are in the artefact already
+    python benchmarks/faithful.py --runs 20  # a sample, nothing written
+
+Runs go to benchmarks/results/<device-key>/faithful.json as they finish.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import torch  # noqa: E402
+
+from faults.faithful import FAITHFUL  # noqa: E402
+from faults.harness import applies, bench_for, catalogue  # noqa: E402
+from faults.models import MODELS  # noqa: E402
+from kernel_pytorch.core.types import Candidate, Mode, Status, Step, Trial  # noqa: E402
+from kernel_pytorch.hardware import detect  # noqa: E402
+from kernel_pytorch.search.trial import TrialRequest, run_trial  # noqa: E402
+
+MAX_ERROR = 0.3
+"""Of the runs with a lower-precision step: high, so that an honest error is not mistaken for a false alarm."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One faithful candidate on one model with one seed."""
+
+    model: str
+    mode: Mode
+    candidate: Candidate
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Identify the run."""
+        return f"{self.model}/{self.mode.value}/{self.candidate.label}/{self.seed}"
+
+
+REAL: dict[Mode, tuple[Step, ...]] = {
+    Mode.INFERENCE: (
+        Step("dtype", {"to": "bfloat16", "how": "cast"}),
+        Step("dtype", {"to": "float16", "how": "cast"}),
+        Step("dtype", {"to": "bfloat16", "how": "autocast"}),
+        Step("channels_last"),
+        Step("threads", {"n": 1}),
+        Step("compile", {"mode": "default"}),
+        Step("regional_compile"),
+    ),
+    Mode.TRAINING: (
+        Step("dtype", {"to": "bfloat16", "how": "autocast"}),
+        Step("channels_last"),
+        Step("threads", {"n": 1}),
+        Step("compile", {"mode": "default"}),
+    ),
+}
+COMPILED_MODELS = ("mlp", "tagger", "convnet", "bert")
+SEEDS = 3
+SEEDS_COMPILED = 1
+
+
+def runs() -> list[Run]:
+    """Return every run."""
+    known = {t.name for t in catalogue(FAITHFUL)}
+    planned = []
+    for model in MODELS:
+        for mode in Mode:
+            steps = [Step(f.name) for f in FAITHFUL if mode in f.modes]
+            steps += [s for s in REAL[mode] if s.transform in known]
+            for number, step in enumerate(steps):
+                compiled = "compile" in step.transform
+                if compiled and model not in COMPILED_MODELS:
+                    continue
+                for repeat in range(SEEDS_COMPILED if compiled else SEEDS):
+                    planned.append(Run(model, mode, Candidate((step,)), 1000 + 37 * number + 7919 * repeat))
+            low = Step("dtype", {"to": "bfloat16", "how": "cast" if mode is Mode.INFERENCE else "autocast"})
+            planned.append(Run(model, mode, Candidate((Step("split_linear"), low)), 5))
+    return planned
+
+
+def try_run(run: Run) -> Trial:
+    """Run one candidate as a search would."""
+    torch._dynamo.reset()
+    transforms = catalogue(FAITHFUL)
+    by_name = {t.name: t for t in transforms}
+    low = any(by_name[s.transform].numerics.value == "lower_precision" for s in run.candidate.steps)
+    bench = bench_for(run.model, run.mode, run.seed, MAX_ERROR if low else 2e-2)
+    bench.transforms = transforms
+    return run_trial(bench, TrialRequest(run.candidate, seconds=0.05, seed=run.seed))
+
+
+def row_of(run: Run, trial: Trial) -> dict[str, Any]:
+    """Return a row of the artefact."""
+    numerics = trial.numerics
+    return {
+        "key": run.key,
+        "model": run.model,
+        "mode": run.mode.value,
+        "candidate": run.candidate.label,
+        "seed": run.seed,
+        "status": trial.status.value if applies(trial) else "n/a",
+        "reason": trial.reason[:300],
+        "max_rel_error": numerics.max_rel_error if numerics else None,
+        "budget": numerics.budget if numerics else None,
+        "checks": len(numerics.checks) if numerics else 0,
+        "nearest": round(max((c.error / c.budget for c in numerics.checks if c.budget), default=0.0), 4)
+        if numerics and trial.status is Status.OK
+        else None,
+        "seconds": round(trial.seconds, 2),
+    }
+
+
+def results_path() -> Path:
+    """Return where this machine's artefact is."""
+    return ROOT / "benchmarks" / "results" / detect("cpu").key / "faithful.json"
+
+
+def write_rows(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Write an artefact; a reader never sees half of one."""
+    real = [r for r in rows.values() if r["status"] != "n/a"]
+    document = {
+        "what": "each row: one faithful candidate on one model with fresh inputs, parameters perturbed by its own seed",
+        "device": detect("cpu").key,
+        "software": {"torch": torch.__version__, "python": platform.python_version()},
+        "max_error": {
+            "lower_precision": MAX_ERROR,
+            "others": 2e-2,
+            "why": "a run with a lower-precision step is judged with a high max_error, so that only a false alarm"
+            " of a derived budget or of another gate counts, not an honest error above the default of 2e-2",
+        },
+        "level": "standard",
+        "runs": len(real),
+        "rejected": sum(r["status"] != "ok" for r in real),
+        "rows": list(rows.values()),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    partial.replace(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, print what was rejected, and exit 1 where anything was."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=0, help="only so many, spread over all; nothing is written")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--only", default="", help="only candidates whose label contains this")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--max-seconds", type=float, default=float("inf"))
+    parser.add_argument("--redo", action="store_true", help="run the selected rows again")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    warnings.filterwarnings("ignore")
+    planned = [
+        r for r in runs()
+        if r.model in options.models and options.only in r.key
+        and not (options.no_compile and "compile" in r.candidate.label)
+    ]  # fmt: skip
+    if options.runs:
+        planned = planned[:: max(1, len(planned) // options.runs)][: options.runs]
+    path = None if options.runs else results_path()
+    rows: dict[str, dict[str, Any]] = {}
+    if path is not None and path.exists():
+        rows = {r["key"]: r for r in json.loads(path.read_text())["rows"]}
+    started = saved = time.monotonic()
+    for number, run in enumerate(planned):
+        if run.key in rows and not options.redo:
+            continue
+        if time.monotonic() - started > options.max_seconds:
+            print("out of time; run again to go on", file=sys.stderr)
+            break
+        row = rows[run.key] = row_of(run, try_run(run))
+        print(f"[{number + 1}/{len(planned)}] {run.key}: {row['status']} {row['reason']} ({row['seconds']} s)",
+              file=sys.stderr, flush=True)  # fmt: skip
+        if path is not None and time.monotonic() - saved > 10:
+            write_rows(path, rows)
+            saved = time.monotonic()
+    if path is not None:
+        write_rows(path, rows)
+    real = [r for r in rows.values() if r["status"] != "n/a"]
+    rejected = [r for r in real if r["status"] != "ok"]
+    print(f"{len(real)} runs, {len(rejected)} rejected")
+    for row in rejected:
+        print(f"{row['key']}: {row['status']}: {row['reason']}")
+    return int(bool(rejected))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
