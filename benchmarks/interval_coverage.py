@@ -3,7 +3,7 @@
     python benchmarks/interval_coverage.py -o benchmarks/results/simulation/interval_coverage.json
 
 Noise is drawn for single samples in the order in which `measure.sampler` takes them (ABBA) and paired afterwards.
-`--aa FILE` adds noise resampled in blocks from recorded A/A series of a real device.
+Recorded A/A series of an H100 (`results/nvidia-sm_90-1/aa_samples.json`) are resampled in blocks beside the models.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ Noise = Callable[[np.random.Generator, int], np.ndarray]
 
 Series = tuple[tuple[float, ...], tuple[float, ...]]
 
+AA_SAMPLES = Path(__file__).parent / "results" / "nvidia-sm_90-1" / "aa_samples.json"
 PAIRS = (8, 10, 15, 20, 30, 50, 100, 200)
 TRUE_RATIO = 1.05
 
@@ -164,17 +165,31 @@ MODELS: dict[str, Noise] = {
 }
 
 
+def recorded() -> dict[str, Noise]:
+    """Return noise resampled from the A/A series of a real device."""
+    series = json.loads(AA_SAMPLES.read_text(encoding="utf-8"))["series"]
+    return {f"A/A {name}": blocks_of(np.array(rows)[:, 0]) for name, rows in series.items()}
+
+
+def one_drifts(phi: float, pairs: int, repeats: int) -> float:
+    """Return the coverage where the log ratios of neighbouring pairs are correlated, as when one function drifts."""
+    g = np.random.default_rng(pairs)
+    hits = 0
+    for _ in range(repeats):
+        steps = g.standard_normal(pairs) * 0.02 * np.sqrt(1.0 - phi * phi)
+        logs, _ = lfilter([1.0], [1.0, -phi], steps, zi=np.array([phi * g.standard_normal() * 0.02]))
+        ratio = stats.paired_ratio(np.exp(logs).tolist(), [1.0] * pairs)
+        hits += ratio.low <= 1.0 <= ratio.high
+    return hits / repeats
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--aa", type=Path, help="JSON with {'series': {name: [[ms, ...], ...]}} of A/A samples")
     parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--searches", type=int, default=50)
     options = parser.parse_args()
-    models = dict(MODELS)
-    if options.aa:
-        for name, rows in json.loads(options.aa.read_text(encoding="utf-8"))["series"].items():
-            models[f"A/A {name}"] = blocks_of(np.array(rows)[:, 0])
+    models = {**MODELS, **recorded()}
     began = time.monotonic()
     table = {
         name: {str(n): coverage(noise, n, options.repeats, seed) for n in PAIRS}
@@ -189,6 +204,9 @@ def main() -> None:
         "candidates_per_search": 12,
         "coverage_by_noise_and_pairs": table,
         "lowest_coverage": min(c["coverage"] for row in table.values() for c in row.values()),
+        "coverage_by_correlation_of_pairs": {
+            str(phi): {str(n): one_drifts(phi, n, options.repeats) for n in PAIRS} for phi in (0.3, 0.5)
+        },
         "search_decisions": {name: decisions(noise, options.searches) for name, noise in models.items()},
         "environment": {"python": platform.python_version(), "numpy": np.__version__},
         "seconds": round(time.monotonic() - began, 1),

@@ -7,30 +7,27 @@ docstring for the processes that take part.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import logging
 import os
 import selectors
-import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 from kernel_pytorch.core.types import Status
 from kernel_pytorch.errors import KptError
+from kernel_pytorch.measure.parcel import TravelError, pack, unpack
 
 __all__ = ["Outcome", "TravelError", "Workers", "WorkersUnavailableError", "pack", "unpack"]
 
@@ -39,16 +36,15 @@ log = logging.getLogger(__name__)
 _LOG_TAIL_BYTES = 16_384
 _START_LIMIT_S = 180.0
 _GRACE_S = 20.0
-_READ_AT_IMPORT = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "LD_", "TORCH", "PYTORCH_", "ATEN_", "DNNL_", "ONEDNN_",
-                   "CUDA_", "HIP_", "ROCR_", "NVIDIA_", "MALLOC_")  # fmt: skip
+_READ_AT_IMPORT = (
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "LD_", "MALLOC_"),
+    *("TORCH", "PYTORCH_", "ATEN_", "DNNL_", "ONEDNN_", "CUDA_", "HIP_", "ROCR_", "NVIDIA_"),
+)
+"""Prefixes of the variables that libraries read once, when they are loaded."""
 
 
 class WorkersUnavailableError(KptError):
     """No worker can be started on this machine; the message says why."""
-
-
-class TravelError(KptError):
-    """An object cannot reach a worker, or a file is not safe to unpack; the message names the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +122,7 @@ class Workers:
                 self._zygote.stop()
                 self._zygote = None
 
-    def run(
-        self, function: str, payload: bytes, *, timeout_s: float, memory_limit_bytes: int | None = None
-    ) -> Outcome:
+    def run(self, function: str, payload: bytes, *, timeout_s: float, memory_limit_bytes: int | None = None) -> Outcome:
         """Call `function(payload)` in a fresh process and wait for its end.
 
         Args:
@@ -159,7 +153,7 @@ class Workers:
             job = _Job(json.dumps(request).encode("utf-8", "surrogateescape"), payload)
             try:
                 if self._launch(job) and job.wait(timeout_s + _GRACE_S):
-                    return job.outcome(time.monotonic() - began, timeout_s, memory_limit_bytes)
+                    return job.outcome(time.monotonic() - began, request)
             finally:
                 job.close()
         raise WorkersUnavailableError("the fork server died three times before it started the job")
@@ -193,7 +187,7 @@ class Workers:
             raise WorkersUnavailableError(f"worker processes need Linux, this is {sys.platform}")
         ours, theirs = socket.socketpair()
         output = tempfile.TemporaryFile()  # noqa: SIM115  closed by stop
-        paths = dict.fromkeys(str(Path(p).resolve()) for p in sys.path if p)
+        paths = dict.fromkeys(os.path.abspath(p) for p in sys.path)  # noqa: PTH100  an empty entry is the cwd
         command = [sys.executable, "-m", "kernel_pytorch.measure.zygote", str(theirs.fileno()), str(os.getpid())]
         with theirs:
             try:
@@ -227,8 +221,8 @@ def _await_ready(zygote: _Zygote) -> None:
         zygote.process.kill()
         zygote.process.wait()
         zygote.output.seek(0)
-        said = zygote.output.read()[-2000:].decode(errors="replace").strip()
-        raise WorkersUnavailableError(f"the fork server did not start: {said.splitlines()[-1] if said else 'no output'}")
+        said = zygote.output.read()[-2000:].decode(errors="replace").strip() or "no output"
+        raise WorkersUnavailableError(f"the fork server did not start: {said.splitlines()[-1]}")
     for name, why in json.loads(answer)["missing"].items():
         log.warning("workers could not import %s beforehand: %s", name, why)
     zygote.control.settimeout(10.0)
@@ -262,9 +256,9 @@ class _Job:
     def __post_init__(self) -> None:
         request, payload = _file_with(self.request), _file_with(self.payload)
         log_read, log_write = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(log_read, False)  # noqa: FBT003
+        os.set_blocking(log_read, False)
         mine, theirs = socket.socketpair()
-        mine.setblocking(False)  # noqa: FBT003
+        mine.settimeout(0.0)
         self._log_fd, self._status = log_read, mine
         self._files = [request, payload, theirs, os.fdopen(log_write, "wb", buffering=0)]
         self.remote = [request.fileno(), payload.fileno(), self.result.fileno(), log_write, theirs.fileno()]
@@ -296,8 +290,9 @@ class _Job:
                     more = self._hear() if key.fileobj is self._status else self._read_log()
                     if not more:
                         selector.unregister(key.fileobj)
-        while self._read_log():
-            continue
+        for _ in range(64):  # what the pipe still holds; not for ever, should a stray process go on writing
+            if not self._read_log():
+                break
         return self.started
 
     def _hear(self) -> bool:
@@ -325,106 +320,41 @@ class _Job:
             self._tail.popleft()
         return bool(part)
 
-    def outcome(self, seconds: float, timeout_s: float, limit: int | None) -> Outcome:
+    def outcome(self, seconds: float, request: Mapping[str, Any]) -> Outcome:
         """Return how the job ended."""
         tail = b"".join(self._tail)[-_LOG_TAIL_BYTES:].decode(errors="replace")
+        if self.answer is None:
+            status, text = Status.FAILED, "the worker and its supervisor were killed from outside"
+        elif self.answer["cause"]:
+            status, text = _KILLED[self.answer["cause"]]
+            text = text.format_map(request)
+        elif self.answer["code"] < 0:
+            status, text = _died(-self.answer["code"], kernel_oom=self.answer["kernel_oom"])
+        else:
+            status, text = self._result(self.answer["code"])
+        value, reason = (text, "") if status is Status.OK else ("", text)
+        return Outcome(status, value, reason, seconds, tail)
 
-        def ended(status: Status, reason: str = "", value: str = "") -> Outcome:
-            return Outcome(status, value, reason, seconds, tail)
-
-        answer = self.answer
-        if answer is None:
-            return ended(Status.FAILED, "the worker and its supervisor were killed from outside")
-        if answer["cause"] == "timeout":
-            return ended(Status.TIMEOUT, f"no result within {timeout_s:g} s")
-        if answer["cause"] == "memory":
-            return ended(Status.OOM, f"held more than its memory limit of {limit or 0:,} bytes")
-        if answer["cause"] == "cancelled":
-            return ended(Status.FAILED, "cancelled: its workers were closed")
-        if answer["code"] < 0:
-            name = _signal_name(-answer["code"])
-            if -answer["code"] == signal.SIGKILL and answer["kernel_oom"]:
-                return ended(Status.OOM, "killed by the kernel: the machine or its container ran out of memory")
-            return ended(Status.FAILED, f"died by signal {-answer['code']} ({name})")
+    def _result(self, code: int) -> tuple[Status, str]:
         self.result.seek(0)
         head, separator, body = self.result.read().partition(b"\n")
-        if answer["code"] or not separator:
-            return ended(Status.FAILED, f"exited with code {answer['code']} before it had a result")
-        text = body.decode("utf-8", "surrogatepass")
-        status = Status(head.decode())
-        return ended(status, value=text) if status is Status.OK else ended(status, text)
+        if code or not separator:
+            return Status.FAILED, f"exited with code {code} before it had a result"
+        return Status(head.decode()), body.decode("utf-8", "surrogatepass")
 
 
-def _signal_name(number: int) -> str:
+_KILLED = {
+    "timeout": (Status.TIMEOUT, "no result within {timeout_s:g} s"),
+    "memory": (Status.OOM, "held more than its memory limit of {memory_limit_bytes:,} bytes"),
+    "cancelled": (Status.FAILED, "cancelled: its workers were closed"),
+}
+
+
+def _died(number: int, *, kernel_oom: bool) -> tuple[Status, str]:
+    if kernel_oom and number == signal.SIGKILL:
+        return Status.OOM, "killed by the kernel: the machine or its container ran out of memory"
     try:
-        return signal.Signals(number).name
+        name = signal.Signals(number).name
     except ValueError:
-        return "real-time signal"
-
-
-_SCRATCH: list[Path] = []
-
-
-def _scratch() -> Path:
-    """Return this process's own directory for packed objects; made once, removed at exit."""
-    if not _SCRATCH:
-        path = Path(tempfile.mkdtemp(prefix="kernel-pytorch-"))
-        owner = os.getpid()
-        atexit.register(lambda: shutil.rmtree(path, ignore_errors=True) if os.getpid() == owner else None)
-        _SCRATCH.append(path)
-    return _SCRATCH[0]
-
-
-def _check_private(directory: Path) -> None:
-    """Refuse a directory that anyone else could have written to: what is unpacked from it is code."""
-    info = os.lstat(directory)
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o077:
-        raise TravelError(
-            f"{directory} is not a directory of mode 0700 that belongs to this user",
-            fix=f"chmod 700 {directory}",
-        )
-
-
-def pack(obj: Any, directory: Path | None = None) -> Path:
-    """Write an object so that workers can map it: `torch.save` over cloudpickle, tensors page-aligned beside it.
-
-    Args:
-        obj: Anything that cloudpickle takes: modules, workloads, lambdas, classes of `__main__`.
-        directory: A private directory (mode 0700); by default one of this process, removed at exit.
-
-    Returns:
-        The file, of mode 0600.
-
-    Raises:
-        TravelError: The object cannot travel (it holds an open file, a lock ...), or the directory is not private.
-    """
-    import cloudpickle  # type: ignore[import-untyped,unused-ignore]
-    import torch
-
-    directory = _scratch() if directory is None else directory
-    _check_private(directory)
-    handle, name = tempfile.mkstemp(suffix=".pt", dir=directory)
-    path = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(obj, file, pickle_module=cloudpickle, pickle_protocol=5)
-    except Exception as error:
-        path.unlink()
-        raise TravelError(f"{type(obj).__name__} cannot travel to a worker: {type(error).__name__}: {error}") from error
-    return path
-
-
-def unpack(path: Path) -> Any:
-    """Read what `pack` wrote; tensors are mapped, so that workers share their pages until one writes.
-
-    Raises:
-        TravelError: The file or its directory does not belong to this user alone.
-    """
-    import torch
-
-    path = Path(path)
-    _check_private(path.parent)
-    info = os.lstat(path)
-    if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
-        raise TravelError(f"{path} is not a file of this user")
-    return torch.load(path, mmap=True, weights_only=False)
+        name = "real-time signal"
+    return Status.FAILED, f"died by signal {number} ({name})"

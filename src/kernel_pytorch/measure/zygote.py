@@ -101,9 +101,9 @@ def _enter_job(request: dict[str, Any], log_fd: int) -> None:
     os.dup2(null, 0)
     os.dup2(log_fd, 1)
     os.dup2(log_fd, 2)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: PTH123, SIM115  descriptors, for the whole life
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  descriptors, for the whole life
     sys.stdout, sys.stderr = (
-        open(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: PTH123, SIM115
+        open(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         for fd in (1, 2)
     )
     faulthandler.enable(file=sys.stderr)
@@ -207,7 +207,8 @@ def _watch(request: dict[str, Any], job: int, status: socket.socket, wake: IO[by
         left = deadline - time.monotonic()
         if left <= 0:
             return "timeout"
-        readable, _, _ = select.select([status, wake], [], [], min(left, _POLL_S if limit else 1.0))
+        sources: list[Any] = [status, wake]
+        readable, _, _ = select.select(sources, [], [], min(left, _POLL_S if limit else 1.0))
         if wake in readable:
             wake.read(4096)
         if os.waitid(os.P_PID, job, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
@@ -281,7 +282,8 @@ def _serve(control: socket.socket, parent: int) -> None:
     wake = _wake_pipe()
     supervisors: set[int] = set()
     while os.getppid() == parent:
-        readable, _, _ = select.select([control, wake], [], [], 1.0)
+        sources: list[Any] = [control, wake]
+        readable, _, _ = select.select(sources, [], [], 1.0)
         if wake in readable:
             wake.read(4096)
         for pid in list(supervisors):
