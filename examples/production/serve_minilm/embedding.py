@@ -88,8 +88,11 @@ class Embedding(litserve.LitAPI):
 
     def setup(self, device: str) -> None:
         """Load the model in the worker, apply the plan, and compile every shape before the first request."""
-        model = kp.load_target(self.target).model()
-        self.model = kp.apply(self.plan, model, trust_artifacts=self.trust_artifacts) if self.plan else model
+        workload = kp.load_target(self.target)
+        self.model = workload.model()
+        if self.plan:
+            calls = {case: workload.call(case, seed=0) for case in workload.cases}
+            self.model = kp.apply(self.plan, self.model, inputs=calls, trust_artifacts=self.trust_artifacts)
         for batch, _ in self.shapes:
             self.predict(["warm-up"] * batch)
 
