@@ -64,7 +64,8 @@ class NvidiaHardwareManager:
         with torch.cuda.device(self._device):
             if self._scratch is not None:
                 self._scratch.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            event: Any = torch.cuda.Event
+            begin, end = event(enable_timing=True), event(enable_timing=True)
             torch.cuda.synchronize()
             start = time.perf_counter_ns()
             begin.record()
