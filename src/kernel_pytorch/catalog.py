@@ -8,14 +8,36 @@ from collections.abc import Sequence
 from kernel_pytorch.core.protocols import Program, Transform
 from kernel_pytorch.core.types import Candidate, Step
 from kernel_pytorch.errors import CandidateError
+from kernel_pytorch.transforms.aoti import Aoti
+from kernel_pytorch.transforms.attention import Attention
+from kernel_pytorch.transforms.channels_last import ChannelsLast
 from kernel_pytorch.transforms.compile import Compile
 from kernel_pytorch.transforms.dtype import Dtype
+from kernel_pytorch.transforms.fused_optimizer import FusedOptimizer
+from kernel_pytorch.transforms.int8_eager import Int8Eager
+from kernel_pytorch.transforms.prepack import Prepack
+from kernel_pytorch.transforms.quantize import Quantize
+from kernel_pytorch.transforms.regional_compile import RegionalCompile
+from kernel_pytorch.transforms.threads import Threads
 
 __all__ = ["TRANSFORMS", "apply_candidate", "find", "group_of"]
 
 TRANSFORMS: tuple[Transform, ...] = (
+    # What the model computes, then in which format, then by which code, then around it all.
+    Attention(),
+    ChannelsLast(),
     Dtype(),
+    Prepack(),
+    Int8Eager(),
+    Quantize("int8_dynamic"),
+    Quantize("int8_weight_only"),
+    Quantize("int4_weight_only"),
+    Quantize("float8_dynamic"),
+    RegionalCompile(),
     Compile(),
+    Aoti(),
+    FusedOptimizer(),
+    Threads(),
 )
 
 
@@ -41,9 +63,7 @@ def group_of(step: Step) -> str:
     return find(step.transform).group
 
 
-def apply_candidate(
-    program: Program, candidate: Candidate, transforms: Sequence[Transform] = TRANSFORMS
-) -> Program:
+def apply_candidate(program: Program, candidate: Candidate, transforms: Sequence[Transform] = TRANSFORMS) -> Program:
     """Apply the steps of a candidate in the order of the catalog and return the program.
 
     Args:

@@ -7,17 +7,24 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch import nn
 
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.transforms.ceilings import COMPUTE, FUSIBLE, bounded, roofline
 from kernel_pytorch.transforms.graph_report import Watched
+from kernel_pytorch.transforms.plain_source import plain_source
 from kernel_pytorch.transforms.scoped import inside_settings
+from kernel_pytorch.transforms.traceable import refuse_untraceable
+from kernel_pytorch.transforms.trees import map_tensors
+from kernel_pytorch.transforms.weights_watch import WeightsWatch
 
-__all__ = ["Compile", "entry_point", "needs_compiler"]
+__all__ = ["Compile", "compiled", "entry_point", "needs_compiler"]
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+_RECOMPILE_LIMIT = 8
 
 
 def needs_compiler(device: DeviceSpec) -> Skip | None:
@@ -38,6 +45,76 @@ def entry_point(inner: Callable[..., Any]) -> Callable[..., Any]:
         return inner(*args, **kwargs)
 
     return FunctionType(entry.__code__.replace(), entry.__globals__, "entry", None, entry.__closure__)
+
+
+def frozen(inner: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
+    """Return `inner` compiled with its weights as constants: folded, and packed as oneDNN wants them.
+
+    Inductor reads `freezing` while it traces, from its process-wide configuration (as an option of `torch.compile` it
+    comes too late and does nothing: measured), so it is set during the first call of each shape only.
+    """
+    from torch._inductor import config
+
+    optimized = torch.compile(inner, **arguments)
+    ready = set()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        shapes = tuple([x.shape for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)])
+        if shapes in ready:
+            return optimized(*args, **kwargs)
+        with config.patch(freezing=True):
+            out = optimized(*args, **kwargs)
+        ready.add(shapes)
+        return out
+
+    return run
+
+
+def own_outputs(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `inner` with outputs copied out of the memory that the next replay of a CUDA graph overwrites."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        return map_tensors(inner(*args, **kwargs), lambda t: t.clone())
+
+    return run
+
+
+class _Refrozen:
+    """A frozen call that compiles again when the weights it holds as constants have changed."""
+
+    def __init__(self, inner: Callable[..., Any], program: Program, arguments: dict[str, Any]) -> None:
+        self._make = lambda: frozen(entry_point(inner), **arguments)
+        self._call = self._make()
+        self._notes = program.notes
+        self._watch = WeightsWatch(program.model)
+        self._first = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the call, with code for the weights as they are now."""
+        if self._first:
+            self._first = False
+            self._watch.look()
+            out = self._call(*args, **kwargs)
+            self._watch.forget_moving()
+            return out
+        if self._watch.changed():
+            self._notes.append("weights changed after freezing: compiled again")
+            self._watch.look()
+            self._call = self._make()
+        return self._call(*args, **kwargs)
+
+
+def compiled(program: Program, inner: Callable[..., Any], step: Step) -> Callable[..., Any]:
+    """Return `inner` compiled as the step says, reporting into the program's notes."""
+    arguments = _arguments(step)
+    if step.params.get("freezing", False):
+        optimized: Callable[..., Any] = _Refrozen(inner, program, arguments)
+    else:
+        optimized = torch.compile(entry_point(inner), **arguments)
+    if _uses_cuda_graphs(step, program.model):
+        optimized = own_outputs(optimized)
+    return Watched(optimized, program.notes, program.model)
 
 
 class Compile:
@@ -84,31 +161,38 @@ class Compile:
     def apply(self, program: Program, step: Step) -> Program:
         """Wrap the call; code is generated at the first call of each shape."""
         mode = str(step.params.get("mode", "default"))
+        dynamic = bool(step.params.get("dynamic", False))
         if mode not in _MODES:
             raise CandidateError(f"unknown mode {mode!r} of compile; expected one of {', '.join(_MODES)}")
-        dynamic = bool(step.params.get("dynamic", False))
-        arguments = _arguments(step)
-
-        def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
-            return Watched(torch.compile(entry_point(inner), **arguments), program.notes)
-
-        program.call = inside_settings(program.call, wrap)
+        if step.params.get("freezing", False) and program.mode is Mode.TRAINING:
+            raise CandidateError(f"{step} turns the weights into constants; it is for inference")
+        if not dynamic and len(program.calls) > _RECOMPILE_LIMIT:
+            raise CandidateError(
+                f"{len(program.calls)} input shapes are more than the {_RECOMPILE_LIMIT} that torch.compile "
+                "specialises on before it runs uncompiled; use dynamic=True"
+            )
+        refuse_untraceable(program, step)
+        program.call = inside_settings(program.call, lambda inner: compiled(program, inner, step))
         program.dynamic = program.dynamic and dynamic
         return program
 
     def source(self, step: Step) -> str:
-        """One call of `torch.compile`."""
+        """One call of `torch.compile`, with what freezing and CUDA graphs need around it."""
         inner = ", ".join(f"{k}={v!r}" for k, v in _arguments(step).items())
-        return f"import torch\n\ncall = torch.compile(call, {inner})\n"
+        functions: list[Callable[..., Any]] = []
+        then = f"call = torch.compile(call, {inner})"
+        if step.params.get("freezing", False):
+            functions, then = [frozen], f"call = frozen(call, {inner})"
+        if step.params.get("mode") in _CUDA_GRAPHS:
+            functions += [map_tensors, own_outputs]
+            then += "\nif next(model.parameters()).is_cuda:\n    call = own_outputs(call)"
+        return plain_source(*functions, then=then)
+
+
+def _uses_cuda_graphs(step: Step, model: nn.Module) -> bool:
+    return step.params.get("mode") in _CUDA_GRAPHS and any(p.is_cuda for p in model.parameters())
 
 
 def _arguments(step: Step) -> dict[str, Any]:
     mode = str(step.params.get("mode", "default"))
-    arguments: dict[str, Any] = {"dynamic": bool(step.params.get("dynamic", False))}
-    if step.params.get("freezing", False):
-        # As an option of this one call: the same name in torch._inductor.config holds for the whole process.
-        options: dict[str, Any] = {} if mode == "default" else dict(torch._inductor.list_mode_options(mode))  # noqa: SLF001
-        arguments["options"] = {**options, "freezing": True}
-    else:
-        arguments["mode"] = mode
-    return arguments
+    return {"dynamic": bool(step.params.get("dynamic", False)), "mode": mode}

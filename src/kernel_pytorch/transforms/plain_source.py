@@ -15,7 +15,7 @@ __all__ = ["plain_source"]
 
 
 class _Plain(ast.NodeTransformer):
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:  # noqa: N802
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         self.generic_visit(node)
         node.returns = None
         arguments = node.args
@@ -26,7 +26,7 @@ class _Plain(ast.NodeTransformer):
                 extra.annotation = None
         return node
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:  # noqa: N802
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         if node.value is None:
             return ast.Pass()
         return ast.Assign([node.target], node.value)

@@ -7,10 +7,10 @@ it, because Dynamo would break the graph at it, and because code is generated un
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-__all__ = ["Scoped", "inside_settings"]
+__all__ = ["Scoped", "inside_settings", "scoped", "settings_of"]
 
 
 def scoped(inner: Callable[..., Any], setting: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
@@ -32,6 +32,7 @@ class Scoped:
         self._run = scoped(inner, setting)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the call under the setting."""
         return self._run(*args, **kwargs)
 
 
@@ -42,3 +43,12 @@ def inside_settings(
     if isinstance(call, Scoped):
         return Scoped(inside_settings(call.inner, wrap), call.setting)
     return wrap(call)
+
+
+def settings_of(call: Callable[..., Any]) -> ExitStack:
+    """Return a context in which all settings around `call` hold, for what generates code ahead of the first call."""
+    stack = ExitStack()
+    while isinstance(call, Scoped):
+        stack.enter_context(call.setting())
+        call = call.inner
+    return stack

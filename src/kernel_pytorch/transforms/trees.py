@@ -19,24 +19,24 @@ def map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     import copy
     import dataclasses
 
+    kind: Any = type(value)
     if isinstance(value, torch.Tensor):
-        return fn(value)
-    if isinstance(value, dict):
-        items = {key: map_tensors(item, fn) for key, item in value.items()}
-        if type(value) is dict:
-            return items
-        if dataclasses.is_dataclass(value):
-            return type(value)(**items)
-        same = copy.copy(value)
-        same.update(items)
-        return same
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*[map_tensors(item, fn) for item in value])
-    if type(value) in (tuple, list):
-        return type(value)([map_tensors(item, fn) for item in value])
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        same = copy.copy(value)
-        for field in dataclasses.fields(value):
-            object.__setattr__(same, field.name, map_tensors(getattr(value, field.name), fn))
-        return same
-    return value
+        result: Any = fn(value)
+    elif isinstance(value, dict):
+        result = {key: map_tensors(item, fn) for key, item in value.items()}
+        if hasattr(kind, "__dataclass_fields__"):
+            result = kind(**result)
+        elif kind is not dict:
+            items, result = result, copy.copy(value)
+            result.update(items)
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        result = kind(*[map_tensors(item, fn) for item in value])
+    elif kind in (tuple, list):
+        result = kind([map_tensors(item, fn) for item in value])
+    elif hasattr(kind, "__dataclass_fields__"):
+        result = copy.copy(value)
+        for field in dataclasses.fields(kind):
+            object.__setattr__(result, field.name, map_tensors(getattr(value, field.name), fn))
+    else:
+        result = value
+    return result
