@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -42,6 +43,7 @@ CONFIRM_CONFIDENCE = 0.999
 """Confidence at which fresh samples must exclude a ratio of one before a model is changed."""
 
 _SHORTEST_MS = 1e-6
+_LARGEST_LOG = math.log(sys.float_info.max)
 """Times are not resolved below a nanosecond; a time of zero counts as this."""
 
 Array = npt.NDArray[np.float64]
@@ -80,6 +82,7 @@ def _dependence(deviations: Array) -> float:
     raw = float((ranks[:-1] * ranks[1:]).sum() / (ranks * ranks).sum())
     r = min(0.85, (raw * n + 1.0) / (n - 3.0) + 0.4 / math.sqrt(n))
     return math.sqrt((1.0 + r) / (1.0 - r)) if r > 0.0 else 1.0
+
 
 
 def paired_ratio(baseline_ms: Sequence[float], candidate_ms: Sequence[float], *, confidence: float = 0.95) -> Ratio:
@@ -121,7 +124,8 @@ def paired_ratio(baseline_ms: Sequence[float], candidate_ms: Sequence[float], *,
         low, high = min(float(logs.min()), centre - half), max(float(logs.max()), centre + half)
     wider = _dependence(logs - centre)
     low, high = centre + (low - centre) * wider, centre + (high - centre) * wider
-    return Ratio(math.exp(centre), math.exp(low), math.exp(high), confidence)
+    top = math.exp(high) if high < _LARGEST_LOG else math.inf  # two pairs at a high confidence bound next to nothing
+    return Ratio(math.exp(centre), math.exp(low), top, confidence)
 
 
 def is_win(ratio: Ratio, min_gain: float) -> bool:
