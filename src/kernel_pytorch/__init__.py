@@ -125,9 +125,7 @@ def optimize(
             raise InputsError("a Workload and a target bring their inputs; example_inputs is for a module")
         return UnifiedManager(chosen).optimize(model)
     if example_inputs is None:
-        raise InputsError(
-            f"no example inputs for the {type(model).__name__}", fix="kp.optimize(model, example_inputs)"
-        )
+        raise InputsError(f"no example inputs for the {type(model).__name__}", fix="kp.optimize(model, example_inputs)")
     return UnifiedManager(chosen).optimize(as_workload((model, example_inputs), name=type(model).__name__))
 
 

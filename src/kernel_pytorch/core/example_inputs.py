@@ -28,7 +28,6 @@ def image_inputs(batch: int, shape: tuple[int, ...]) -> Callable[[int], torch.Te
 
 @dataclass(frozen=True, slots=True)
 class _Images:
-
     batch: int
     shape: tuple[int, ...]
 

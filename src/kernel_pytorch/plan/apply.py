@@ -162,8 +162,7 @@ def _resolve(plan: Plan | str | Path) -> tuple[Plan, Path | None]:
     if isinstance(plan, Plan):
         return plan, None
     path = Path(plan).expanduser()
-    artifacts = (path if path.is_dir() else path.parent) / "artifacts"
-    return load_plan(path), artifacts if artifacts.is_dir() else None
+    return load_plan(path), (path if path.is_dir() else path.parent) / "artifacts"
 
 
 def _applied(program: Program, plan: Plan, artifacts: Path | None, *, trust_artifacts: bool) -> Program:

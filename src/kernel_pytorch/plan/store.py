@@ -184,8 +184,7 @@ class SearchDirectory:
             )
         try:
             trials = tuple(
-                schema.trial_loads(line, what=f"{path} line {number}")
-                for number, line in enumerate(lines[1:], start=2)
+                schema.trial_loads(line, what=f"{path} line {number}") for number, line in enumerate(lines[1:], start=2)
             )
         except PlanError as error:
             raise OutputDirectoryError(str(error), fix="run without --resume") from error

@@ -61,15 +61,24 @@ class TrialRequest:
     level: str = "standard"
 
 
-def run_trial(bench: Bench, request: TrialRequest) -> Trial:
-    """Try one candidate: apply, judge, then measure beside the unmodified model. Never raises for the candidate."""
+def run_trial(
+    bench: Bench, request: TrialRequest, make: Callable[[nn.Module], Program] | None = None
+) -> Trial:
+    """Try one candidate: apply, judge, then measure beside the unmodified model. Never raises for the candidate.
+
+    Args:
+        bench: The unmodified model and its inputs.
+        request: What to try.
+        make: Builds what ships from a copy of the model; by default from the steps alone, without artifacts.
+    """
     started = time.perf_counter()
     program: Program | None = None
     try:
         with ExitStack() as stack:
             stack.enter_context(_deterministic(request.seed))
             stack.enter_context(fail_on_recompile_limit())
-            program = build(bench, clone_model(bench.model), request.candidate)
+            copy = clone_model(bench.model)
+            program = make(copy) if make else build(bench, copy, request.candidate)
             shipped = ship(program, bench.model)
             compile_seconds = _first_call_seconds(bench, shipped)
             report = _judge(bench, request, program)

@@ -1,0 +1,247 @@
+"""What `kpt` accepts. Nothing heavy is imported until a command runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+__all__ = ["kpt"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+TARGET_HELP = (
+    "TARGET is path/file.py:factory, package.module:factory, hf:MODEL_ID_OR_DIR, timm:NAME, torchvision:NAME or a "
+    ".pt2 file. A factory is called without arguments and returns a Workload or (model, example_inputs)."
+)
+
+
+class _Verbs(click.Group):
+    """Commands in the order of use; an unknown one is answered with the nearest names."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            near = difflib.get_close_matches(args[0], list(self.commands), n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"one of: {', '.join(self.commands)}"
+            raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+class _Budget(click.ParamType[float]):
+    name = "budget"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from kernel_pytorch.core.config import BUDGETS_S
+
+        if value in BUDGETS_S:
+            return BUDGETS_S[value]
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = -1.0
+        if not 0.0 < seconds < float("inf"):
+            self.fail(f"{value!r} is neither {', '.join(BUDGETS_S)} nor a positive number of seconds", param, ctx)
+        return seconds
+
+
+class _Above(click.ParamType[float]):
+    """A finite float above zero (or from zero on)."""
+
+    name = "number"
+
+    def __init__(self, *, zero: bool = False, below: float = float("inf")) -> None:
+        self.zero = zero
+        self.below = below
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number", param, ctx)
+        if not (number >= 0.0 if self.zero else number > 0.0) or not number < self.below:
+            low = "from 0" if self.zero else "above 0"
+            high = f" and below {self.below:g}" if self.below < float("inf") else " and finite"
+            self.fail(f"{value} must be {low}{high}", param, ctx)
+        return number
+
+
+def _names(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
+
+
+def _stacked(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+_format = click.option(
+    "--format", "form", type=click.Choice(["text", "json"]), default="text", help="What to print on stdout."
+)
+_target = click.argument("target")
+_plan = click.argument("plan", metavar="PLAN")
+_mode = click.option("--mode", type=click.Choice(["inference", "training"]), default="inference", show_default=True)
+_trust_code = click.option(
+    "--trust-remote-code", is_flag=True, help="Let code that comes with a model run (hub repositories, .pt2 files)."
+)
+_trust_artifacts = click.option(
+    "--trust-artifacts", is_flag=True, help="Load code in the plan's artifacts/ (packages, compile caches)."
+)
+_seed = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of inputs and resampling."
+)
+_choice = _stacked(
+    click.option("--only", multiple=True, callback=_names, metavar="NAMES", help="Transforms to try, comma-separated."),
+    click.option("--exclude", multiple=True, callback=_names, metavar="NAMES", help="Transforms not to try."),
+)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
+@click.version_option(None, "--version", package_name="kernel-pytorch", message="kpt %(version)s")
+def kpt() -> None:
+    """Make a PyTorch model fast on this machine, prove that it computes the same, and keep it fast."""
+
+
+@kpt.command()
+@_format
+def detect(**options: Any) -> int:
+    """Show this machine, and which optimisations can run on it.
+
+    Exits 1 where something that would help is missing and can be installed.
+    """
+    from kernel_pytorch.cli.look import detect as run
+
+    return run(**options)
+
+
+@kpt.command(epilog=TARGET_HELP)
+@_target
+@_mode
+@_choice
+@_seed
+@_trust_code
+@_format
+def predict(**options: Any) -> int:
+    """Say what could help TARGET and by how much, before anything is tried."""
+    from kernel_pytorch.cli.look import predict as run
+
+    return run(**options)
+
+
+@kpt.command(epilog=TARGET_HELP)
+@_target
+@_mode
+@click.option(
+    "--budget",
+    type=_Budget(),
+    default="default",
+    metavar="quick|default|thorough|SECONDS",
+    help="Time the search may take: 60 s, 240 s, 1800 s, or your own.",
+)
+@click.option(
+    "--max-error",
+    type=_Above(),
+    default="2e-2",
+    show_default=True,
+    metavar="E",
+    help="Largest relative error of the worst output row against the high-precision reference.",
+)
+@click.option(
+    "--min-gain",
+    type=_Above(zero=True, below=1.0),
+    default="0.02",
+    show_default=True,
+    metavar="G",
+    help="Smallest speed-up worth a changed model, as a fraction.",
+)
+@click.option("-o", "--output", metavar="DIR", help="Where plan.json and report.html go; by default kpt-NAME.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted search in DIR.")
+@click.option(
+    "--isolation",
+    type=click.Choice(["process", "none"]),
+    default="process",
+    show_default=True,
+    help="Try each candidate in a process of its own, or all in this one.",
+)
+@_choice
+@_seed
+@_trust_code
+@_format
+def optimize(**options: Any) -> int:
+    """Find the fastest version of TARGET that computes the same, and show the evidence."""
+    from kernel_pytorch.cli.search import optimize as run
+
+    return run(**options)
+
+
+@kpt.command()
+@_plan
+@_format
+def explain(**options: Any) -> int:
+    """Tell why each candidate of PLAN (a file or a directory) won or lost."""
+    from kernel_pytorch.cli.replay import explain as run
+
+    return run(**options)
+
+
+@kpt.command(epilog=TARGET_HELP)
+@_plan
+@_target
+@click.option(
+    "--budget", type=_Budget(), default="30", metavar="SECONDS", show_default=True, help="Time for the measurement."
+)
+@_seed
+@_trust_artifacts
+@_trust_code
+@_format
+def apply(**options: Any) -> int:
+    """Replay PLAN on a fresh TARGET: check its numerics and its speed here and now.
+
+    Exits 1 where the plan no longer holds: outputs outside the budget, or not faster than the unmodified model.
+    """
+    from kernel_pytorch.cli.replay import apply as run
+
+    return run(**options)
+
+
+@kpt.command(epilog=TARGET_HELP)
+@click.argument("target_a")
+@click.argument("target_b")
+@click.option("--level", type=click.Choice(["quick", "standard", "strict"]), default="standard", show_default=True)
+@click.option(
+    "--max-error", type=_Above(), default="1e-5", show_default=True, metavar="E", help="Largest relative error."
+)
+@_seed
+@_trust_code
+@_format
+def validate(**options: Any) -> int:
+    """Say whether two models are the same function, and at which layer they first part.
+
+    The inputs are those of TARGET_A. Exits 1 where the models differ.
+    """
+    from kernel_pytorch.cli.replay import validate as run
+
+    return run(**options)
+
+
+@kpt.command(epilog=TARGET_HELP)
+@_plan
+@_target
+@click.option("-o", "--output", metavar="FILE", help="Write the source there instead of to stdout.")
+@_trust_code
+@_format
+def eject(**options: Any) -> int:
+    """Print PLAN for TARGET as plain PyTorch source that runs without this package."""
+    from kernel_pytorch.cli.replay import eject as run
+
+    return run(**options)

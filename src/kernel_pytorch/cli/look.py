@@ -1,0 +1,70 @@
+"""`kpt detect` and `kpt predict`: what can be said without trying anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kernel_pytorch.cli.output import emit, quiet_stdout
+
+__all__ = ["detect", "predict"]
+
+
+def detect(*, form: str) -> int:
+    """Print the machine and what can run on it; return 1 where something fixable is missing."""
+    with quiet_stdout():
+        from kernel_pytorch import catalog, hardware
+        from kernel_pytorch.plan.schema import plain
+
+        spec = hardware.detect()
+        rows = [(t.name, t.summary, t.probe(spec)) for t in catalog.TRANSFORMS]
+    fixable = [skip for _, _, skip in rows if skip is not None and skip.fix]
+
+    def data() -> dict[str, Any]:
+        transforms = [
+            {
+                "name": name,
+                "summary": summary,
+                "available": skip is None,
+                "reason": skip.reason if skip else "",
+                "fix": skip.fix if skip else "",
+            }
+            for name, summary, skip in rows
+        ]
+        return {"device": {**plain(spec), "key": spec.key}, "transforms": transforms, "fixable": len(fixable)}
+
+    def text(console: Any) -> None:
+        from kernel_pytorch.report.text import render_device
+
+        render_device(spec, rows, console)
+
+    emit(form, data, text)
+    return 1 if fixable else 0
+
+
+def predict(*, target: str, mode: str, form: str, **options: Any) -> int:
+    """Print where the time goes and what each optimisation could gain at most."""
+    from kernel_pytorch.cli.search import make_config
+
+    with quiet_stdout():
+        from kernel_pytorch.core.management.unified_manager import UnifiedManager
+        from kernel_pytorch.core.targets import load_target
+        from kernel_pytorch.plan.schema import plain
+
+        config = make_config(mode=mode, **options)
+        workload = load_target(target, trust_remote_code=config.trust_remote_code)
+        spec, prediction, proposals = UnifiedManager(config).predict(workload)
+
+    def data() -> dict[str, Any]:
+        return {
+            "workload": plain(spec),
+            "prediction": plain(prediction),
+            "skipped": plain(proposals.skipped),
+        }
+
+    def text(console: Any) -> None:
+        from kernel_pytorch.report.text import render_prediction
+
+        render_prediction(spec, prediction, proposals.skipped, console)
+
+    emit(form, data, text)
+    return 0
