@@ -133,7 +133,13 @@ def won_trials() -> tuple[Trial, ...]:
     layers = {"embeddings": (6.1, 4.9), "encoder": (240.0, 84.0), "pooler": (3.2, 1.4)}
     return (
         Trial(Candidate(), Status.OK, measurement=make_measurement(1.0, seed=9, peak=176 << 20), seconds=8.0),
-        Trial(Candidate((BF16,)), Status.OK, numerics=make_numerics(1.3e-2), measurement=make_measurement(2.37, seed=1), seconds=9.0),
+        Trial(
+            Candidate((BF16,)),
+            Status.OK,
+            numerics=make_numerics(1.3e-2),
+            measurement=make_measurement(2.37, seed=1),
+            seconds=9.0,
+        ),
         Trial(
             Candidate((COMPILE,)),
             Status.OK,
@@ -142,7 +148,12 @@ def won_trials() -> tuple[Trial, ...]:
             notes=("graph break at examples/minilm.py:42: print()",),
             seconds=31.0,
         ),
-        Trial(Candidate((THREADS,)), Status.OK, numerics=make_numerics(0.0), measurement=make_measurement(0.94, seed=3, peak=176 << 20)),
+        Trial(
+            Candidate((THREADS,)),
+            Status.OK,
+            numerics=make_numerics(0.0),
+            measurement=make_measurement(0.94, seed=3, peak=176 << 20),
+        ),
         Trial(
             Candidate((INT8,)),
             Status.WRONG,
@@ -156,7 +167,12 @@ def won_trials() -> tuple[Trial, ...]:
             "error 4.0e-2 is above the 2.0e-2 allowed",
             numerics=make_numerics(4.0e-2),
         ),
-        Trial(Candidate((BF16, THREADS)), Status.OK, numerics=make_numerics(1.3e-2), measurement=make_measurement(2.29, seed=5)),
+        Trial(
+            Candidate((BF16, THREADS)),
+            Status.OK,
+            numerics=make_numerics(1.3e-2),
+            measurement=make_measurement(2.29, seed=5),
+        ),
         Trial(
             best,
             Status.OK,
@@ -205,7 +221,14 @@ def make_plan(
             Untried(Candidate((THREADS, COMPILE)), "predicted at most 1.35x, below the 2.81x already found"),
         ),
         prediction=make_prediction(),
-        config={"mode": str(mode), "budget_s": 240.0, "max_error": 2e-2, "min_gain": 0.02, "only": [], "memory_limit_bytes": None},
+        config={
+            "mode": str(mode),
+            "budget_s": 240.0,
+            "max_error": 2e-2,
+            "min_gain": 0.02,
+            "only": [],
+            "memory_limit_bytes": None,
+        },
         created="2026-01-15T10:24:31+00:00",
         package_version="0.1.0",
         command="kpt optimize examples/minilm.py:workload -o out/minilm",
@@ -216,8 +239,16 @@ def make_plan(
 
 def make_lost_plan() -> Plan:
     """Return a plan in which nothing won."""
-    base = Trial(Candidate(), Status.OK, "nothing was reliably faster", measurement=make_measurement(1.0, seed=9), phase="confirm")
-    kept = tuple(t for t in won_trials() if t.candidate in (Candidate((COMPILE,)), Candidate((THREADS,)), Candidate((AOT,))))
+    base = Trial(
+        Candidate(),
+        Status.OK,
+        "nothing was reliably faster",
+        measurement=make_measurement(1.0, seed=9, peak=176 << 20),
+        phase="confirm",
+    )
+    kept = tuple(
+        t for t in won_trials() if t.candidate in (Candidate((COMPILE,)), Candidate((THREADS,)), Candidate((AOT,)))
+    )
     return make_plan(trials=(*kept, base), chosen=base)
 
 
@@ -238,4 +269,40 @@ def make_bare_plan() -> Plan:
         command="",
         search_seconds=0.0,
         verified=False,
+    )
+
+
+def make_crowded_plan() -> Plan:
+    """Return a plan with everything that is hard to show: many trials, long names, no finite errors, slow ones."""
+    trials = list(won_trials()[:-1])
+    for index in range(24):
+        steps = (
+            Step(
+                "compile", {"mode": f"max-autotune-no-cudagraphs-{index}", "dynamic": True, "regional": index % 2 == 0}
+            ),
+            BF16,
+        )
+        trials.append(
+            Trial(
+                Candidate(steps),
+                Status.OK,
+                numerics=make_numerics(10.0 ** (-index / 2 - 2)),
+                measurement=make_measurement(0.2 + index * 0.1, seed=index, pairs=9, compile_seconds=4000.0 * index),
+            )
+        )
+    broken = Check(
+        "output.logits", Gate.PRECISION, math.nan, 2e-2, "not finite: 12 of 4096 values are NaN", "third call"
+    )
+    trials.append(
+        Trial(
+            Candidate((Step("dtype", {"dtype": "float16"}),)),
+            Status.WRONG,
+            numerics=NumericsReport((broken,)),
+            measurement=make_measurement(3.9, seed=77),
+        )
+    )
+    layers = {f"model.decoder.layers.{i}.self_attention_with_a_long_name": (5.0 + i, 3.0 + i / 2) for i in range(40)}
+    chosen = replace(won_trials()[-1], layers_ms=layers)
+    return make_plan(
+        name="A model whose name is long: " + "very " * 20 + "long", trials=(*trials, chosen), chosen=chosen
     )

@@ -13,6 +13,12 @@ __all__ = ["chart_data"]
 
 Chart = dict[str, Any]
 
+_LEAST_ERROR, _MOST_ERROR = 1e-17, 1e3
+_SLOWEST = 2.5
+"""Candidates slower than the unmodified model by this factor are drawn at the edge, so that the others stay apart."""
+
+_SHOWN_LAYERS, _SHOWN_MEMORY = 30, 12
+
 _MODEL, _WINNER, _OPERATOR = "unmodified", "chosen", "operator"
 
 
@@ -33,32 +39,35 @@ def chart_data(plan: Plan) -> dict[str, Chart]:
 
 def _ladder(plan: Plan) -> Chart:
     rungs = reading.ladder(plan)
-    return {
-        "rungs": [
-            {
-                "label": " + ".join(map(reading.short_step, rung.added)) or "unmodified",
-                "added": len(rung.added),
-                "ms": rung.ms,
-                "time": figures.milliseconds(rung.ms),
-                "speedup": figures.interval(rung.ratio) if rung.ratio else "",
-            }
-            for rung in rungs
-        ]
-    } if rungs else {}
+    return (
+        {
+            "rungs": [
+                {
+                    "label": " + ".join(map(reading.short_step, rung.added)) or "unmodified",
+                    "added": len(rung.added),
+                    "ms": rung.ms,
+                    "time": figures.milliseconds(rung.ms),
+                    "speedup": figures.interval(rung.ratio) if rung.ratio else "",
+                }
+                for rung in rungs
+            ]
+        }
+        if rungs
+        else {}
+    )
 
 
-def _point(plan: Plan, trial: Trial, baseline_ms: float, floor: float) -> Chart:
+def _point(plan: Plan, trial: Trial, baseline_ms: float) -> Chart:
     ratio, error = reading.speedup(trial), reading.measured_error(trial)
-    known = error is not None and math.isfinite(error[0])
-    chosen = trial.candidate == plan.candidate
+    unmodified = not trial.candidate.steps
     return {
         "label": reading.short(trial.candidate),
-        "kind": "chosen" if chosen else str(trial.status) if trial.candidate.steps else _MODEL,
+        "kind": _MODEL if unmodified else _WINNER if trial.candidate == plan.candidate else str(trial.status),
         "ms": baseline_ms / ratio.value if ratio else None,
         "low_ms": baseline_ms / ratio.high if ratio else None,
         "high_ms": baseline_ms / ratio.low if ratio else None,
         "speedup": figures.interval(ratio) if ratio else "not timed",
-        "error": max(error[0], floor) if known and error else None,
+        "compared": error is not None or unmodified,
         "error_text": figures.error(error[0]) if error else "not compared",
         "why": reading.why(plan, trial),
     }
@@ -69,23 +78,35 @@ def _trials(plan: Plan) -> Chart:
     baseline_ms = baseline_time(plan)
     if baseline_ms is None:
         return {}
-    errors = [e for t in trials if (e := reading.measured_error(t)) is not None]
-    positive = [e for e, _ in errors if 0 < e < math.inf]
     budget = _budget(plan)
-    lowest = min([*positive, budget])
-    floor = 10.0 ** (math.floor(math.log10(lowest)) - 1)
-    points = [{"number": n, **_point(plan, t, baseline_ms, floor)} for n, t in enumerate(trials, 1)]
-    drawn = [p for p in points if p["ms"] is not None or p["error"] is not None]
-    top = max([*positive, budget])
+    known = [e[0] for t in trials if (e := reading.measured_error(t)) is not None and 0 < e[0] < math.inf]
+    floor = 10.0 ** (math.floor(math.log10(max(min([*known, budget]), _LEAST_ERROR))) - 1)
+    top = 10.0 ** math.ceil(math.log10(min(max([*known, budget]), _MOST_ERROR)) + 0.2)
+    drawn, not_drawn = [], []
+    for number, trial in enumerate(trials, 1):
+        point, error = _point(plan, trial, baseline_ms), reading.measured_error(trial)
+        if point["ms"] is None and error is None:
+            not_drawn.append(point["label"])
+            continue
+        drawn.append({"number": number, **point, "error": _height(trial, error[0] if error else None, floor, top)})
     return {
         "points": drawn,
-        "not_drawn": [p["label"] for p in points if p not in drawn],
+        "not_drawn": not_drawn,
         "budget": budget,
         "budget_text": figures.error(budget),
         "floor": floor,
-        "top": 10.0 ** math.ceil(math.log10(top) + 0.2),
+        "top": top,
         "baseline_ms": baseline_ms,
+        "slowest_ms": baseline_ms * _SLOWEST,
+        "slower": any(p["ms"] is not None and p["ms"] > baseline_ms * _SLOWEST for p in drawn),
     }
+
+
+def _height(trial: Trial, error: float | None, floor: float, top: float) -> float:
+    """Return where a trial stands on the error axis; one that is wrong by no number stands at the top."""
+    if error is None or math.isnan(error):
+        return top if trial.status is Status.WRONG else floor
+    return min(max(error, floor), top)
 
 
 def baseline_time(plan: Plan) -> float | None:
@@ -129,7 +150,12 @@ def _roofline(plan: Plan) -> Chart:
         "bandwidth": device.bandwidth_bytes_per_s,
         "bandwidth_text": figures.rate(device.bandwidth_bytes_per_s, "B"),
         "roofs": [
-            {"dtype": names, "peak": peak, "text": figures.rate(peak, "FLOP"), "ridge": peak / device.bandwidth_bytes_per_s}
+            {
+                "dtype": names,
+                "peak": peak,
+                "text": figures.rate(peak, "FLOP"),
+                "ridge": peak / device.bandwidth_bytes_per_s,
+            }
             for peak, names in _roofs(device.peak_flops)
         ],
         "x": [left, right],
@@ -166,7 +192,7 @@ def _layers(plan: Plan) -> Chart:
     layers = reading.layers(plan)
     if not layers:
         return {}
-    rows = sorted(layers.items(), key=lambda item: -item[1][0])
+    rows = sorted(layers.items(), key=lambda item: -item[1][0])[:_SHOWN_LAYERS]
     return {
         "names": [name or "(the model itself)" for name, _ in rows],
         "before": [before for _, (before, _) in rows],
@@ -186,7 +212,10 @@ def _memory(plan: Plan) -> Chart:
         rows.append((reading.short(trial.candidate), kind, peak))
     if len(rows) < 2:
         return {}
-    return {"rows": [{"label": n, "kind": k, "bytes": b, "text": figures.size(b)} for n, k, b in rows]}
+    return {
+        "rows": [{"label": n, "kind": k, "bytes": b, "text": figures.size(b)} for n, k, b in rows],
+        "shown": _SHOWN_MEMORY,
+    }
 
 
 def _operators(plan: Plan) -> Chart:
@@ -196,18 +225,22 @@ def _operators(plan: Plan) -> Chart:
 
 def _ceilings(plan: Plan) -> Chart:
     rows = [c for c in reading.ceilings(plan) if math.isfinite(c.bound)]
-    return {
-        "rows": [
-            {
-                "label": c.label,
-                "bound": c.bound,
-                "measured": c.measured.value if c.measured else None,
-                "text": figures.interval(c.measured) if c.measured else "not measured alone",
-                "kept": c.kept,
-            }
-            for c in rows
-        ]
-    } if rows else {}
+    return (
+        {
+            "rows": [
+                {
+                    "label": c.label,
+                    "bound": c.bound,
+                    "measured": c.measured.value if c.measured else None,
+                    "text": figures.interval(c.measured) if c.measured else "not measured alone",
+                    "kept": c.kept,
+                }
+                for c in rows
+            ]
+        }
+        if rows
+        else {}
+    )
 
 
 def _samples(plan: Plan) -> Chart:

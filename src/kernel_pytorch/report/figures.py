@@ -6,7 +6,19 @@ import math
 
 from kernel_pytorch.core.types import Ratio
 
-__all__ = ["clock", "count", "error", "interval", "milliseconds", "number", "percent", "rate", "seconds", "size", "times"]
+__all__ = [
+    "clock",
+    "count",
+    "error",
+    "interval",
+    "milliseconds",
+    "number",
+    "percent",
+    "rate",
+    "seconds",
+    "size",
+    "times",
+]
 
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

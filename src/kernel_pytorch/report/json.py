@@ -19,9 +19,9 @@ def explain(plan: Plan) -> dict[str, Any]:
     ratio = reading.speedup(plan.chosen)
     measurement, report = plan.chosen.measurement, plan.chosen.numerics
     return {
-        "speedup": _finite(ratio and ratio.value),
-        "speedup_low": _finite(ratio and ratio.low),
-        "speedup_high": _finite(ratio and ratio.high),
+        "speedup": _finite(ratio.value if ratio else None),
+        "speedup_low": _finite(ratio.low if ratio else None),
+        "speedup_high": _finite(ratio.high if ratio else None),
         "headline": f"{reading.headline(plan)}: {reading.sentence(plan)}",
         "chosen": [_step(s) for s in plan.candidate.steps],
         "numerics": {

@@ -6,13 +6,14 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from kernel_pytorch.core.types import Check, Gate, Mode, NumericsReport, Plan, Status, Trial
 from kernel_pytorch.report import figures, reading
@@ -23,12 +24,14 @@ __all__ = ["page"]
 _SHOWN_CHECKS = 25
 
 _GATES = {
-    Gate.CONTRACT: "Shapes, number formats, types of the outputs, no NaN, and no side effects that were not there before.",
-    Gate.STRUCTURE: "The steps that should not change the mathematics, checked in very high precision with disturbed weights, "
-    "where even a small mistake stands out.",
+    Gate.CONTRACT: "Shapes, number formats and types of the outputs, no NaN, and no side effects that were not there.",
+    Gate.STRUCTURE: (
+        "The steps that should not change the mathematics, run in very high precision with disturbed weights, where "
+        "even a small mistake stands out."
+    ),
     Gate.KERNEL: "Low-precision kernels against exact arithmetic on the very numbers they were given.",
-    Gate.PRECISION: "The model that ships against the unmodified one in higher precision: the rounding error you accept.",
-    Gate.TRAINING: "Gradients, and a short run of training from the same start. A screen, not a proof of convergence.",
+    Gate.PRECISION: "The model that ships against the unmodified one in higher precision: the rounding you accept.",
+    Gate.TRAINING: "Gradients, and a short training run from the same start: a screen, not a proof of convergence.",
 }
 
 
@@ -83,7 +86,7 @@ def _context(plan: Plan, directory: str) -> dict[str, Any]:
         "name": plan.workload.name or "unnamed model",
         "won": bool(plan.candidate.steps),
         "headline": reading.headline(plan),
-        "sentence": reading.sentence(plan),
+        "sentence": _unbroken(_capital(reading.sentence(plan))),
         "steps": [{"short": reading.short_step(s), "full": str(s)} for s in plan.candidate.steps],
         "unit": unit,
         "cards": _cards(plan, unit),
@@ -91,10 +94,8 @@ def _context(plan: Plan, directory: str) -> dict[str, Any]:
         "ladder": ladder,
         "jumps": any(rung["added"] > 1 for rung in ladder),
         "rows": rows,
-        "unknown_error": any(
-            p["error"] is None and p["kind"] != "unmodified" for p in charts.get("trials", {}).get("points", [])
-        ),
-        "repeats": len(plan.evidence) > 0,
+        "kinds": {p["kind"] for p in charts.get("trials", {}).get("points", [])},
+        "unknown_error": any(not p["compared"] for p in charts.get("trials", {}).get("points", [])),
         "evidence": [_run(t) for t in plan.evidence],
         "numerics": _numerics(plan.chosen.numerics),
         "gates": [(str(gate), text) for gate, text in _GATES.items()],
@@ -111,7 +112,9 @@ def _context(plan: Plan, directory: str) -> dict[str, Any]:
             (name or "(the model itself)", figures.milliseconds(before), figures.milliseconds(after))
             for name, (before, after) in reading.layers(plan).items()
         ],
-        "samples": list(zip(measurement.baseline_samples_ms, measurement.samples_ms, strict=False)) if measurement else [],
+        "samples": list(zip(measurement.baseline_samples_ms, measurement.samples_ms, strict=False))
+        if measurement
+        else [],
         "untried": reading.untried_by_reason(plan),
         "commands": reading.next_commands(plan, directory),
         "environment": _environment(plan),
@@ -129,7 +132,7 @@ def _row(plan: Plan, trial: Trial, number: int) -> dict[str, Any]:
         "chosen": chosen,
         "short": reading.short(trial.candidate),
         "full": trial.candidate.label,
-        "tag": "chosen" if chosen else str(trial.status),
+        "tag": str(trial.status) if not chosen else "chosen" if trial.candidate.steps else "kept",
         "speedup": figures.interval(measurement.ratio) if measurement else "not timed",
         "error": figures.error(error[0]) if error else "",
         "peak": "" if peak is None else figures.size(peak),
@@ -178,10 +181,16 @@ def _cards(plan: Plan, unit: str) -> list[dict[str, Any]]:
         card("Error", figures.error(error[0]), note, share=error[0] / error[1])
     if won and measurement is not None:
         calls = measurement.break_even_calls
-        note = "nothing to pay back" if not measurement.compile_seconds else (
-            "never paid back" if calls is None else f"paid back after {calls:,} {unit}s"
+        note = (
+            "nothing to pay back"
+            if not measurement.compile_seconds
+            else ("never paid back" if calls is None else f"paid back after {calls:,} {unit}s")
         )
-        card("Compile time", figures.seconds(measurement.compile_seconds) if measurement.compile_seconds else "none", note)
+        card(
+            "Compile time",
+            figures.seconds(measurement.compile_seconds) if measurement.compile_seconds else "none",
+            note,
+        )
     tried = [t for t in reading.rank(plan) if t.candidate.steps]
     took = f"in {figures.seconds(plan.search_seconds)}" if plan.search_seconds else "in this search"
     rejected = sum(t.status is not Status.OK for t in tried)
@@ -233,6 +242,15 @@ def _numerics(report: NumericsReport | None) -> dict[str, Any] | None:
     }
 
 
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _unbroken(text: str) -> Markup:
+    """Return escaped text in which no line ends inside a figure such as `1.1e-2`."""
+    return Markup(re.sub(r"\b\d\.\de-\d+", r'<span class="unbroken">\g<0></span>', str(escape(text))))  # noqa: S704  # escaped
+
+
 def _honesty(ceilings: list[reading.Ceiling]) -> str:
     measured = [c for c in ceilings if c.kept is not None]
     broken = [c for c in measured if c.kept is False]
@@ -247,30 +265,58 @@ def _honesty(ceilings: list[reading.Ceiling]) -> str:
 def _environment(plan: Plan) -> list[tuple[str, str]]:
     device = plan.device
     rows = [
-        ("Device", f"{device.name} ({device.vendor}, {device.arch}), {device.num_devices} "
-         + ("physical cores" if device.vendor == "cpu" else "devices")),
+        (
+            "Device",
+            f"{device.name} ({device.vendor}, {device.arch}), {device.num_devices} "
+            + ("physical cores" if device.vendor == "cpu" else "devices"),
+        ),
         ("Memory", f"{figures.size(device.memory_bytes)}, {figures.rate(device.bandwidth_bytes_per_s, 'B')}"),
-        ("Peak rates", ", ".join(f"{k} {figures.rate(v, 'FLOP')}" for k, v in device.peak_flops.items()) or "not known"),
+        (
+            "Peak rates",
+            ", ".join(f"{k} {figures.rate(v, 'FLOP')}" for k, v in device.peak_flops.items()) or "not known",
+        ),
         ("Where rates come from", ", ".join(f"{k}: {v}" for k, v in device.sources.items()) or "not recorded"),
         ("Features", ", ".join(device.features) or "none beyond the base"),
-        ("Verified", "yes: the contract suite has run on this kind of hardware" if device.verified
-         else "no: the contract suite has not been run on this kind of hardware, so treat its figures with care"),
+        (
+            "Verified",
+            "yes: the contract suite has run on this kind of hardware"
+            if device.verified
+            else "no: the contract suite has not been run on this kind of hardware, so treat its figures with care",
+        ),
         ("Software", ", ".join(f"{k} {v}" for k, v in device.software.items())),
     ]
     telemetry = plan.chosen.measurement.telemetry if plan.chosen.measurement else {}
     if telemetry:
-        rows.append(("While measuring", ", ".join(f"{k.replace('_', ' ')} {figures.number(v)}" for k, v in telemetry.items())))
+        rows.append(
+            ("While measuring", ", ".join(f"{k.replace('_', ' ')} {figures.number(v)}" for k, v in telemetry.items()))
+        )
     spec = plan.workload
     rows += [
-        ("Model", f"{figures.count(spec.parameters)} parameters, {figures.size(spec.parameter_bytes)}, "
-         f"{', '.join(spec.dtypes) or 'no floating-point parameters'}, fingerprint {spec.fingerprint[:12]}"),
-        ("Inputs", "; ".join(
-            f"{name} ({figures.percent(spec.weights.get(name, 0.0))}): "
-            + (", ".join(f"{s.dtype}{list(s.shape)}" for s in signature) or "no tensors")
-            for name, signature in spec.signatures.items()
-        )),
+        (
+            "Model",
+            ", ".join(
+                (
+                    f"{figures.count(spec.parameters)} parameters",
+                    figures.size(spec.parameter_bytes),
+                    *(spec.dtypes or ("no floating-point parameters",)),
+                    f"fingerprint {spec.fingerprint[:12]}",
+                )
+            ),
+        ),
+        (
+            "Inputs",
+            "; ".join(
+                f"{name} ({figures.percent(spec.weights.get(name, 0.0))}): "
+                + (", ".join(f"{s.dtype}{list(s.shape)}" for s in signature) or "no tensors")
+                for name, signature in spec.signatures.items()
+            ),
+        ),
         ("Settings", ", ".join(f"{k} {v}" for k, v in plan.config.items() if v not in (None, [], ""))),
-        ("Isolation", "each candidate ran in a process of its own" if all(t.isolation == "process" for t in plan.evidence)
-         else "some candidates ran in the search's own process: a crash there would have ended the search"),
+        (
+            "Isolation",
+            "each candidate ran in a process of its own"
+            if all(t.isolation == "process" for t in plan.evidence)
+            else "some candidates ran in the search's own process: a crash there would have ended the search",
+        ),
     ]
     return rows

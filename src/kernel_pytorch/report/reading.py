@@ -1,10 +1,12 @@
-"""What a plan means, worked out once: the headline, the order of the trials, why each one lost, and the next commands."""
+"""What a plan means, worked out once: the headline, the order of the trials, why each one lost, what to run next."""
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from kernel_pytorch.core.types import (
     Candidate,
@@ -39,20 +41,14 @@ __all__ = [
 ]
 
 _ORDER = {Status.OK: 0, Status.WRONG: 1, Status.OOM: 2, Status.TIMEOUT: 3, Status.FAILED: 4}
+_SAID_BY_NAME = re.compile(r"\b(\w+)=True\b")
+_SAID_BY_VALUE = re.compile(r"\b\w+=(?!False\b|inf\b|nan\b)([A-Za-z][\w.-]*)")
 _FLAGS = {"--resume", "--trust-remote-code", "--quiet", "--help"}
 
 
-def short_step(step: Step) -> str:
-    """Return a step as people read it: `dtype(bfloat16)`, where a word says it without the parameter's name."""
-    words = []
-    for name, value in step.params.items():
-        if value is True:
-            words.append(name)
-        elif isinstance(value, str):
-            words.append(value)
-        else:
-            words.append(f"{name}={value}")
-    return f"{step.transform}({', '.join(words)})" if words else step.transform
+def short_step(step: Step | str) -> str:
+    """Return a step, or its label, as people read it: `dtype(bfloat16)`, where a word says it without its name."""
+    return _SAID_BY_VALUE.sub(r"\1", _SAID_BY_NAME.sub(r"\1", str(step)))
 
 
 def short(candidate: Candidate) -> str:
@@ -105,10 +101,8 @@ def sentence(plan: Plan) -> str:
     chosen = plan.chosen
     ratio = speedup(chosen)
     if plan.candidate.steps and ratio is not None:
-        parts = [
-            f"{ratio.confidence * 100:.0f} % interval {figures.times(ratio.low).removesuffix('x')} to "
-            f"{figures.times(ratio.high).removesuffix('x')}"
-        ]
+        low, high = (figures.times(x).removesuffix("x") for x in (ratio.low, ratio.high))
+        parts = [f"{ratio.confidence * 100:.0f} % interval {low} to {high}"]
         error = measured_error(chosen)
         if error is not None:
             parts.append(f"error {figures.error(error[0])} of {figures.error(error[1])} allowed")
@@ -133,19 +127,22 @@ def why(plan: Plan, trial: Trial) -> str:
     """Return why a candidate won or lost; what the search wrote, else what its figures say."""
     if trial.reason:
         return trial.reason
-    if trial.candidate == plan.candidate:
-        return "chosen" if trial.candidate.steps else "kept: nothing was reliably faster"
     if not trial.candidate.steps:
-        return "the model as it is; what everything else is compared with"
+        kept = trial.candidate == plan.candidate
+        return "kept: nothing was reliably faster" if kept else "what everything else is compared with"
+    if trial.candidate == plan.candidate:
+        return "chosen"
     report = trial.numerics
     if report is not None and not report.passed and report.worst is not None:
         worst = report.worst
-        return worst.detail or (
-            f"{worst.name}: error {figures.error(worst.error)}, {figures.error(worst.budget)} allowed"
-        )
-    ratio, best = speedup(trial), speedup(plan.chosen)
+        error, budget = figures.error(worst.error), figures.error(worst.budget)
+        return worst.detail or f"{worst.name}: error {error}, {budget} allowed"
+    return _behind(speedup(trial), speedup(plan.chosen)) or f"{trial.status}: no reason was recorded"
+
+
+def _behind(ratio: Ratio | None, best: Ratio | None) -> str:
     if ratio is None:
-        return f"{trial.status}: no reason was recorded"
+        return ""
     if ratio.high < 1.0:
         return "slower than the unmodified model"
     if ratio.low <= 1.0:
@@ -215,13 +212,11 @@ class Ceiling:
 def ceilings(plan: Plan) -> list[Ceiling]:
     """Return every predicted ceiling with the measurement of that step alone, highest bound first."""
     alone = {t.candidate.label: t for t in rank(plan) if len(t.candidate.steps) == 1}
-    known = (plan.candidate, *(t.candidate for t in plan.evidence), *(u.candidate for u in plan.untried))
-    names = {str(step): short_step(step) for candidate in known for step in candidate.steps}
     rows = []
     for label, bound in bounded(plan.prediction):
         trial = alone.get(label)
         ratio = trial.measurement.ratio if trial is not None and trial.measurement is not None else None
-        rows.append(Ceiling(names.get(label, label), bound, ratio, None if ratio is None else ratio.low <= bound))
+        rows.append(Ceiling(short_step(label), bound, ratio, None if ratio is None else ratio.low <= bound))
     return rows
 
 
@@ -247,10 +242,16 @@ def untried_by_reason(plan: Plan) -> list[tuple[str, list[str]]]:
 
 
 def next_commands(plan: Plan, directory: str) -> list[tuple[str, str]]:
-    """Return what to run next, as pairs of purpose and command line."""
+    """Return what to run next, as pairs of purpose and command line.
+
+    Args:
+        plan: The plan.
+        directory: Where the plan lies, for a plan that does not say where its search wrote it.
+    """
     words = shlex.split(plan.command) if plan.command else []
     target = _positional(words[words.index("optimize") + 1 :]) if "optimize" in words else ""
-    where, what = shlex.quote(directory), shlex.quote(target) if target else "TARGET"
+    where = shlex.quote(_option(words, "-o", "--output") or directory)
+    what = shlex.quote(target) if target else "TARGET"
     commands = [("Reproduce this search", plan.command)] if plan.command else []
     if plan.candidate.steps:
         commands += [
@@ -261,6 +262,10 @@ def next_commands(plan: Plan, directory: str) -> list[tuple[str, str]]:
         commands.append(("Search longer", f"kpt optimize {what} --budget thorough -o {where}"))
     commands.append(("Read why each candidate won or lost", f"kpt explain {where}"))
     return commands
+
+
+def _option(words: list[str], *names: str) -> str:
+    return next((value for word, value in pairwise(words) if word in names), "")
 
 
 def _positional(words: list[str]) -> str:

@@ -103,9 +103,7 @@ def render_device(spec: DeviceSpec, rows: Sequence[tuple[str, str, Skip | None]]
     console.print(table)
 
 
-def render_prediction(
-    spec: WorkloadSpec, prediction: Prediction, skipped: Sequence[Skipped], console: Console
-) -> None:
+def render_prediction(spec: WorkloadSpec, prediction: Prediction, skipped: Sequence[Skipped], console: Console) -> None:
     """Print what can be said before anything is tried: where the time goes, the floor, and each upper bound."""
     best = max(prediction.ceilings.values(), default=1.0)
     answer = f"at most {figures.times(best)} from any single step" if prediction.ceilings else "no step applies here"
@@ -113,7 +111,9 @@ def render_prediction(
     facts = _facts()
     facts.add_row("parameters", f"{figures.count(spec.parameters)}, {figures.size(spec.parameter_bytes)}")
     facts.add_row("mode", str(spec.mode))
-    facts.add_row("work per call", f"{figures.count(prediction.flops, 'FLOP')}, at least {figures.size(prediction.bytes)} moved")
+    facts.add_row(
+        "work per call", f"{figures.count(prediction.flops, 'FLOP')}, at least {figures.size(prediction.bytes)} moved"
+    )
     facts.add_row("time now", figures.milliseconds(prediction.baseline_ms))
     facts.add_row(
         "floor", f"{figures.milliseconds(prediction.floor_ms)}: nothing at the model's own precision can be faster"
@@ -130,7 +130,7 @@ def render_prediction(
         _section(console, "Upper bound of each step alone (Amdahl's law over the time it can touch)")
         table = _table("Step", "At most", right=(1,))
         for label, bound in reading.bounded(prediction):
-            table.add_row(Text(label), figures.times(bound))
+            table.add_row(Text(reading.short_step(label)), figures.times(bound))
         console.print(table)
     for note in prediction.notes:
         console.print(_hanging(Text(f"- {note}"), "  "))
@@ -144,7 +144,9 @@ def render_numerics(report: NumericsReport, console: Console) -> None:
     """Print what the validator compared, the worst first."""
     worst = report.worst
     if report.passed:
-        verdict = Text.assemble(("same function", "bold green"), f": all {len(report.checks)} checks are inside their budgets")
+        verdict = Text.assemble(
+            ("same function", "bold green"), f": all {len(report.checks)} checks are inside their budgets"
+        )
     elif worst is None:
         verdict = Text.assemble(("undecided", "bold yellow"), ": nothing could be compared")
     else:
@@ -222,7 +224,13 @@ def _cells(trial: Trial) -> list[Text | str]:
     compiled = figures.seconds(measurement.compile_seconds) if measurement and measurement.compile_seconds else "-"
     calls = measurement.break_even_calls if measurement and measurement.compile_seconds else None
     pays = "never" if measurement and measurement.compile_seconds and calls is None else "-"
-    return [speed, figures.error(error[0]) if error else "-", peak, compiled, pays if calls is None else f"{calls:,} calls"]
+    return [
+        speed,
+        figures.error(error[0]) if error else "-",
+        peak,
+        compiled,
+        pays if calls is None else f"{calls:,} calls",
+    ]
 
 
 def _table(*columns: str, right: tuple[int, ...] = ()) -> Table:

@@ -75,12 +75,12 @@
   }
   function horizontal(element, names, extra) {
     const longest = Math.max(...names.map((text) => text.length));
-    const room = Math.min(longest * 7 + 8, 300, Math.max(80, element.clientWidth * 0.34));
+    const room = Math.min(longest * 7.4 + 8, 300, Math.max(80, element.clientWidth * 0.36));
     return {
       grid: Object.assign({ left: room + 12, right: 24, top: 8, bottom: 30 }, extra),
       yAxis: axis({
         type: "category", data: names, inverse: true, splitLine: { show: false },
-        axisLabel: Object.assign(ink(), { formatter: (text) => fitted(text, room), width: room, interval: 0 }),
+        axisLabel: Object.assign(ink(), { formatter: (text) => fitted(text, room * 2), width: room, overflow: "break", lineHeight: 15, interval: 0 }),
       }),
     };
   }
@@ -94,8 +94,10 @@
 
   const build = {
     ladder(element, { rungs }) {
-      const names = rungs.map((r) => (r.added ? "+ " + r.label : r.label));
+      const names = rungs.map((r) => (r.added ? "+\u00a0" + r.label : r.label));
       const text = (r) => (r.speedup && !narrow(element) ? r.time + "   " + r.speedup : r.time);
+      const longest = Math.max(...rungs.map((r) => r.ms));
+      const inside = (r) => text(r).length * 7 < (r.ms / longest) * element.clientWidth * (narrow(element) ? 0.36 : 0.55);
       const saved = rungs.map((r, i) => (i ? Math.max(0, rungs[i - 1].ms - r.ms) : 0));
       const last = rungs.length - 1;
       return {
@@ -113,7 +115,7 @@
                 value: r.ms, itemStyle: { color: i === last ? color.chosen : i ? color.ok : color.base, borderRadius: 4 },
               })),
               label: Object.assign(ink(), {
-                show: true, position: "insideLeft", formatter: (p) => fitted(text(rungs[p.dataIndex]), 1e3),
+                show: true, position: "insideLeft", formatter: (p) => (inside(rungs[p.dataIndex]) ? text(rungs[p.dataIndex]) : ""),
                 color: color.card, fontWeight: 600, 
               }),
             },
@@ -121,7 +123,13 @@
               type: "bar", stack: "time", silent: true, data: saved,
               itemStyle: { color: "transparent", borderColor: color.base, borderType: "dashed", borderWidth: 1, borderRadius: 4 },
               label: Object.assign(muted(), {
-                show: true, position: "inside", formatter: (p) => (p.value > rungs[0].ms * 0.16 ? "−" + milliseconds(p.value) : ""),
+                show: true, position: "inside", formatter: (p) => (p.value > longest * 0.16 ? "−" + milliseconds(p.value) : ""),
+              }),
+            },
+            {
+              type: "bar", stack: "time", silent: true, data: rungs.map(() => 0),
+              label: Object.assign(ink(), {
+                show: true, position: "right", formatter: (p) => (inside(rungs[p.dataIndex]) ? "" : text(rungs[p.dataIndex])), fontWeight: 600,
               }),
             },
           ],
@@ -134,21 +142,23 @@
       const timed = chart.points.filter((p) => p.ms !== null);
       const untimed = chart.points.filter((p) => p.ms === null);
       const lane = untimed.length ? (narrow(element) ? 64 : 110) : 0;
-      const slowest = Math.max(chart.baseline_ms, ...timed.map((p) => p.high_ms));
+      const slowest = Math.min(chart.slowest_ms, Math.max(chart.baseline_ms, ...timed.map((p) => p.high_ms)));
+      const named = (p) => !narrow(element) && (p.kind === "chosen" || p.kind === "unmodified");
       const item = (p, x, index) => ({
-        value: [x, p.error === null ? chart.floor : p.error], point: p, symbol: symbols[p.kind],
+        value: [x, p.error], point: p, symbol: symbols[p.kind],
         symbolSize: p.kind === "chosen" ? 20 : p.kind === "wrong" ? 14 : 13,
-        itemStyle: p.error === null && p.kind !== "unmodified"
+        itemStyle: !p.compared
           ? { color: color.card, borderColor: hue[p.kind], borderWidth: 2, opacity: 1 }
           : { color: hue[p.kind], borderColor: color.card, borderWidth: 1, opacity: 1 },
         label: Object.assign(ink(), {
-          show: true, position: p.kind === "chosen" || p.kind === "unmodified" ? "left" : index % 2 ? "top" : "right", formatter: p.kind === "chosen" || p.kind === "unmodified" ? p.number + " " + p.kind : String(p.number),
+          show: true, position: named(p) || p.ms > slowest ? "left" : index % 2 ? "top" : "right",
+          formatter: named(p) ? p.number + " " + p.kind : p.number + (p.ms > slowest ? " →" : ""),
           fontWeight: p.kind === "chosen" ? 700 : 500,
         }),
       });
-      const whiskers = timed.map((p) => ({
+      const whiskers = timed.filter((p) => p.ms <= slowest).map((p) => ({
         type: "line", silent: true, symbol: "none", z: 1, lineStyle: { color: hue[p.kind], width: 2, opacity: 0.65 },
-        data: [p.low_ms, p.high_ms].map((x) => [x, p.error === null ? chart.floor : p.error]),
+        data: [p.low_ms, Math.min(p.high_ms, slowest)].map((x) => [x, p.error]),
       }));
       const yRange = { type: "log", min: chart.floor, max: chart.top };
       const left = 62;
@@ -162,7 +172,7 @@
         }),
       })];
       const ys = [axis(Object.assign({}, yRange, {
-        name: "error", nameLocation: "end", nameGap: 10, nameTextStyle: Object.assign(muted(), { align: "right", padding: [0, 8, 0, 0] }),
+        splitNumber: 10, name: "error", nameLocation: "end", nameGap: 10, nameTextStyle: Object.assign(muted(), { align: "right", padding: [0, 8, 0, 0] }),
         axisLabel: Object.assign(muted(), { formatter: (v) => (v <= chart.floor * 1.01 ? "none" : power(v)) }),
       }))];
       const limit = (label) => ({
@@ -172,7 +182,7 @@
       const format = (p) => (p.data && p.data.point
         ? lines(p.data.point.number + "  " + p.data.point.label, "speed-up " + p.data.point.speedup, "error " + p.data.point.error_text, p.data.point.why) : "");
       const series = [...whiskers, {
-        type: "scatter", z: 5, data: timed.map((p, i) => item(p, p.ms, i)), markLine: limit("error budget " + chart.budget_text),
+        type: "scatter", z: 5, data: timed.map((p, i) => item(p, Math.min(p.ms, slowest), i)), markLine: limit("error budget " + chart.budget_text),
       }, {
         type: "line", silent: true, symbol: "none", data: [],
         markLine: { silent: true, symbol: "none", data: [{ xAxis: chart.baseline_ms }], lineStyle: { color: color.base, type: "dotted", width: 2 }, label: { show: false } },
@@ -229,7 +239,7 @@
           value: [p.x, p.y], point: p, symbol: symbols[p.kind], symbolSize: p.kind === "chosen" ? 20 : operator ? 9 : 15,
           itemStyle: { color: operator ? color.card : hue[p.kind], borderColor: operator ? hue.operator : color.card, borderWidth: operator ? 2 : 1, opacity: 1 },
           label: Object.assign(operator ? muted() : ink(), {
-            show: !(operator && tight), position: (operator && crowded) || (!operator && tight) ? "left" : "right", formatter: p.label, fontWeight: operator ? 400 : 650,
+            show: !(operator && tight), position: crowded ? "left" : "right", formatter: p.label, fontWeight: operator ? 400 : 650,
           }),
         };
       });
@@ -261,7 +271,8 @@
       };
     },
 
-    memory(element, { rows }) {
+    memory(element, { rows: all, shown }) {
+      const rows = all.slice(0, shown);
       const hue = hues();
       return {
         height: height(rows.length, 34, 14),
