@@ -121,12 +121,19 @@ def _deterministic(seed: int) -> AbstractContextManager[None]:
 
 
 def _first_call_seconds(bench: Bench, shipped: nn.Module) -> float:
-    """Run every case twice and return what the first runs took beyond the second: the compile time."""
+    """Run every case twice and return what the first runs took beyond the second: the compile time.
+
+    Buffers that a call updates (BatchNorm statistics) are put back: the validator compares them with the reference's.
+    """
     total = 0.0
+    before = [(buffer, buffer.detach().clone()) for buffer in shipped.buffers()]
     for case in bench.workload.cases:
         step = _probe_step(bench, shipped, case)
         first = bench.manager.time_ms(step)
         total += max(0.0, first - bench.manager.time_ms(step)) / 1e3
+    with torch.no_grad():
+        for buffer, value in before:
+            buffer.copy_(value)
     return total
 
 
