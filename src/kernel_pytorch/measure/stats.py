@@ -84,7 +84,6 @@ def _dependence(deviations: Array) -> float:
     return math.sqrt((1.0 + r) / (1.0 - r)) if r > 0.0 else 1.0
 
 
-
 def paired_ratio(baseline_ms: Sequence[float], candidate_ms: Sequence[float], *, confidence: float = 0.95) -> Ratio:
     """Return the speed-up of paired times with an interval.
 
