@@ -133,7 +133,7 @@ def _first_call_seconds(bench: Bench, shipped: nn.Module) -> float:
         total += max(0.0, first - bench.manager.time_ms(step)) / 1e3
     with torch.no_grad():
         for buffer, value in before:
-            if not torch.equal(buffer, value):  # `_version` would not tell: BatchNorm's kernel does not count its writes
+            if not torch.equal(buffer, value):  # `_version` misses what BatchNorm writes
                 buffer.copy_(value)
     return total
 
