@@ -6,8 +6,12 @@ import atexit
 import os
 import shutil
 import stat
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from kernel_pytorch.errors import KptError
@@ -42,33 +46,73 @@ def _check_private(directory: Path) -> None:
         )
 
 
+def _importable(module: str) -> bool:
+    """Return whether a fresh process would find a module, rather than only this one that has made it."""
+    top = module.partition(".")[0]
+    return any(f.find_spec(top, None) is not None for f in sys.meta_path if hasattr(f, "find_spec"))
+
+
+@contextmanager
+def _pickling() -> Iterator[Any]:
+    """Yield a pickle module for `torch.save`: cloudpickle, strict where tensors would lose something silently.
+
+    Classes and functions of modules that exist only in this process travel by value.
+    """
+    import cloudpickle  # type: ignore[import-untyped,unused-ignore]
+    import torch
+
+    known: dict[str, bool] = {}
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc,unused-ignore]
+        def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, torch.Tensor):
+                if obj._backward_hooks or getattr(obj, "_post_accumulate_grad_hooks", None):  # noqa: SLF001
+                    raise TravelError(f"a tensor of shape {tuple(obj.shape)} has gradient hooks, which would be lost")
+            elif isinstance(obj, type | FunctionType):
+                name = getattr(obj, "__module__", None) or ""
+                if name in sys.modules and name != "__main__" and name not in known:
+                    known[name] = _importable(name)
+                    if not known[name]:
+                        cloudpickle.register_pickle_by_value(sys.modules[name])
+            return super().reducer_override(obj)
+
+    try:
+        yield SimpleNamespace(__name__="cloudpickle", Pickler=Pickler, dumps=cloudpickle.dumps)
+    finally:
+        for name, importable in known.items():
+            if not importable:
+                cloudpickle.unregister_pickle_by_value(sys.modules[name])
+
+
 def pack(obj: Any, directory: Path | None = None) -> Path:
-    """Write an object so that workers can map it: `torch.save` over cloudpickle, tensors page-aligned beside it.
+    """Write an object so that workers can map it: `torch.save` over cloudpickle.
 
     Args:
-        obj: Anything that cloudpickle takes: modules, workloads, lambdas, classes of `__main__`.
+        obj: Anything that cloudpickle takes: modules, workloads, lambdas, classes of `__main__`. Gradients
+            (`.grad`) stay behind.
         directory: A private directory (mode 0700); by default one of this process, removed at exit.
 
     Returns:
         The file, of mode 0600.
 
     Raises:
-        TravelError: The object cannot travel (it holds an open file, a lock ...), or the directory is not private.
+        TravelError: The object cannot travel (it holds a lock, a generator, tensors with gradient hooks, a
+            parametrized module ...), or the directory is not private.
     """
-    import cloudpickle  # type: ignore[import-untyped,unused-ignore]
     import torch
 
     directory = _scratch() if directory is None else directory
     _check_private(directory)
     handle, name = tempfile.mkstemp(suffix=".pt", dir=directory)
-    path = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(obj, file, pickle_module=cloudpickle, pickle_protocol=5)
+        with os.fdopen(handle, "wb") as file, _pickling() as pickling:
+            torch.save(obj, file, pickle_module=pickling, pickle_protocol=5)
     except Exception as error:
-        path.unlink()
-        raise TravelError(f"{type(obj).__name__} cannot travel to a worker: {type(error).__name__}: {error}") from error
-    return path
+        Path(name).unlink()
+        kind = "" if isinstance(error, TravelError) else f"{type(error).__name__}: "
+        why = (str(error).strip().splitlines() or ["no message"])[0]
+        raise TravelError(f"{type(obj).__name__} cannot travel to a worker: {kind}{why}") from error
+    return Path(name)
 
 
 def unpack(path: Path) -> Any:

@@ -109,7 +109,6 @@ def _enter_job(request: dict[str, Any], log_fd: int) -> None:
     faulthandler.enable(file=sys.stderr)
     with contextlib.suppress(OSError):  # not Linux, or a sandbox that forbids it: only a hint to the kernel
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    warnings.resetwarnings()
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
