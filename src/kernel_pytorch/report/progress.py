@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, cast
@@ -14,7 +15,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from kernel_pytorch.core.types import Event, Listener, Trial
+from kernel_pytorch.core.types import Event, Listener, Status, Trial
 from kernel_pytorch.report import figures, reading
 from kernel_pytorch.report.text import styled_status
 
@@ -44,14 +45,26 @@ def live(console: Console, enabled: bool = True) -> Iterator[Listener]:  # noqa:
     console.file = cast("IO[str]", _Surviving(stream))
     try:
         if console.is_terminal and not console.is_dumb_terminal:
-            board = _Board()
-            with Live(board, console=console, refresh_per_second=8, redirect_stdout=False, transient=True):
-                yield _guarded(board.hear)
-            _quietly(lambda: console.print(board.table()) if board.trials else None)
+            with _shown(console, _Board()) as listener:
+                yield listener
         else:
             yield _guarded(lambda event: _log(console, event))
     finally:
         console.file = stream
+
+
+@contextmanager
+def _shown(console: Console, board: _Board) -> Iterator[Listener]:
+    done = False
+    try:
+        # Standard output is data, so only what others write to standard error is drawn above the display.
+        with Live(board, console=console, refresh_per_second=8, redirect_stdout=False, transient=True):
+            yield _guarded(board.hear)
+        done = True
+    finally:
+        # The closing table tells it all again; an interrupted search leaves what it had found so far.
+        if not done and board.trials:
+            _quietly(lambda: console.print(board.table(len(board.trials))))
 
 
 class _Surviving:
@@ -89,49 +102,50 @@ class _Board:
     def __init__(self) -> None:
         self.trials: list[Trial] = []
         self.budget_s = 0.0
-        self.elapsed_s = 0.0
+        self.began = time.monotonic()
         self.spinner = Spinner("dots", text=Text("looking at the machine"))
 
     def hear(self, event: Event) -> None:
         self.budget_s = event.budget_s or self.budget_s
-        self.elapsed_s = max(self.elapsed_s, event.elapsed_s)
+        self.began = min(self.began, time.monotonic() - event.elapsed_s)
         if event.kind == "trial_started" and event.candidate is not None:
-            self.spinner.update(text=Text.assemble("trying ", (event.candidate.label, "bold")))
+            self.spinner.update(text=Text.assemble("trying ", (reading.short(event.candidate), "bold")))
         elif event.kind == "trial_finished" and event.trial is not None:
             self.trials.append(event.trial)
             self.spinner.update(text=Text("choosing what to try next"))
         elif event.message:
             self.spinner.update(text=Text(event.message))
 
-    def table(self) -> Table:
-        """Return the finished trials, the newest last."""
+    def table(self, most: int) -> Table:
+        """Return the latest finished trials, the newest last."""
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         table.add_column(justify="right", no_wrap=True)
         table.add_column(justify="right", no_wrap=True)
         table.add_column(overflow="ellipsis", no_wrap=True)
-        for trial in self.trials[-_SHOWN_TRIALS:]:
+        for trial in self.trials[-most:]:
             error = reading.measured_error(trial)
             speed = figures.interval(trial.measurement.ratio) if trial.measurement else "-"
             table.add_row(
                 styled_status(trial.status),
-                speed,
-                figures.error(error[0]) if error else "-",
-                Text(trial.candidate.label, style="dim" if not trial.candidate.steps else ""),
+                Text(speed),
+                Text(figures.error(error[0]) if error else "-"),
+                Text(reading.short(trial.candidate), style="dim" if not trial.candidate.steps else ""),
             )
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        parts: list[Any] = [self.table()] if self.trials else []
-        hidden = len(self.trials) - _SHOWN_TRIALS
-        if hidden > 0:
-            parts.insert(0, Text(f"{hidden} earlier trials above", style="dim"))
+        most = min(_SHOWN_TRIALS, max(1, console.height - 5))
+        parts: list[Any] = [self.table(most)] if self.trials else []
+        if len(self.trials) > most:
+            parts.insert(0, Text(f"{len(self.trials) - most} earlier trials, and", style="dim"))
         parts.append(self.spinner)
         if self.budget_s:
+            elapsed_s = time.monotonic() - self.began
             bar = Table.grid(padding=(0, 1))
             bar.add_row(
-                ProgressBar(total=self.budget_s, completed=min(self.elapsed_s, self.budget_s), width=30),
-                Text(f"{figures.seconds(self.elapsed_s)} of {figures.seconds(self.budget_s)}", style="dim"),
+                ProgressBar(total=self.budget_s, completed=min(elapsed_s, self.budget_s), width=30),
+                Text(f"{figures.seconds(elapsed_s)} of {figures.seconds(self.budget_s)}", style="dim"),
             )
             parts.append(bar)
         yield Group(*parts)
@@ -143,12 +157,14 @@ def _log(console: Console, event: Event) -> None:
         trial = event.trial
         error = reading.measured_error(trial)
         line.append_text(styled_status(trial.status))
-        line.append(f" {trial.candidate.label}")
+        line.append(f" {reading.short(trial.candidate)}")
         line.append(f": {figures.interval(trial.measurement.ratio)}" if trial.measurement else "")
-        line.append(f", error {figures.error(error[0])}" if error else "")
-        line.append(f" ({trial.reason})" if trial.reason else "")
+        if trial.status is Status.OK:
+            line.append(f", error {figures.error(error[0])}" if error else "")
+        else:
+            line.append(f": {trial.reason}" if trial.reason else "")
     elif event.kind == "trial_started" and event.candidate is not None:
-        line.append(f"trying {event.candidate.label}")
+        line.append(f"trying {reading.short(event.candidate)}")
     else:
         line.append(event.message or event.kind)
     console.print(line, soft_wrap=True)

@@ -248,7 +248,7 @@ def next_commands(plan: Plan, directory: str) -> list[tuple[str, str]]:
         plan: The plan.
         directory: Where the plan lies, for a plan that does not say where its search wrote it.
     """
-    words = shlex.split(plan.command) if plan.command else []
+    words = _words(plan.command)
     target = _positional(words[words.index("optimize") + 1 :]) if "optimize" in words else ""
     where = shlex.quote(_option(words, "-o", "--output") or directory)
     what = shlex.quote(target) if target else "TARGET"
@@ -262,6 +262,13 @@ def next_commands(plan: Plan, directory: str) -> list[tuple[str, str]]:
         commands.append(("Search longer", f"kpt optimize {what} --budget thorough -o {where}"))
     commands.append(("Read why each candidate won or lost", f"kpt explain {where}"))
     return commands
+
+
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError:  # an open quotation: a command this package did not write
+        return []
 
 
 def _option(words: list[str], *names: str) -> str:

@@ -77,13 +77,14 @@ def render_device(spec: DeviceSpec, rows: Sequence[tuple[str, str, Skip | None]]
     console.print(Text.assemble((spec.name, "bold"), f"  ({spec.vendor}, {spec.arch})"))
     facts = _facts()
     memory = figures.size(spec.memory_bytes)
-    facts.add_row("memory", f"{memory}, {figures.rate(spec.bandwidth_bytes_per_s, 'B')}{_source(spec, 'bandwidth')}")
-    facts.add_row("devices", f"{spec.num_devices} {'physical cores' if spec.vendor == 'cpu' else 'devices'}")
+    _fill(facts, "memory", f"{memory}, {figures.rate(spec.bandwidth_bytes_per_s, 'B')}{_source(spec, 'bandwidth')}")
+    _fill(facts, "devices", f"{spec.num_devices} {'physical cores' if spec.vendor == 'cpu' else 'devices'}")
     for dtype, peak in spec.peak_flops.items():
-        facts.add_row(f"peak {dtype}", f"{figures.rate(peak, 'FLOP')}{_source(spec, dtype)}")
-    facts.add_row("features", ", ".join(spec.features) or "none beyond the base")
-    facts.add_row("software", ", ".join(f"{k} {v}" for k, v in spec.software.items()))
-    facts.add_row(
+        _fill(facts, f"peak {dtype}", f"{figures.rate(peak, 'FLOP')}{_source(spec, dtype)}")
+    _fill(facts, "features", ", ".join(spec.features) or "none beyond the base")
+    _fill(facts, "software", ", ".join(f"{k} {v}" for k, v in spec.software.items()))
+    _fill(
+        facts,
         "verified",
         "yes: the contract suite has run on this kind of hardware"
         if spec.verified
@@ -99,7 +100,7 @@ def render_device(spec: DeviceSpec, rows: Sequence[tuple[str, str, Skip | None]]
             body.append(f"\n{skip.reason}", style="yellow")
             if skip.fix:
                 body.append(f"\nfix: {skip.fix}", style="cyan")
-        table.add_row(Text("yes", style="green") if skip is None else Text("no", style="yellow"), Text(name), body)
+        _fill(table, Text("yes", style="green") if skip is None else Text("no", style="yellow"), Text(name), body)
     console.print(table)
 
 
@@ -109,14 +110,18 @@ def render_prediction(spec: WorkloadSpec, prediction: Prediction, skipped: Seque
     answer = f"at most {figures.times(best)} from any single step" if prediction.ceilings else "no step applies here"
     console.print(Text.assemble("Will it help ", (spec.name or "this model", "bold"), "? ", (answer, "bold green")))
     facts = _facts()
-    facts.add_row("parameters", f"{figures.count(spec.parameters)}, {figures.size(spec.parameter_bytes)}")
-    facts.add_row("mode", str(spec.mode))
-    facts.add_row(
-        "work per call", f"{figures.count(prediction.flops, 'FLOP')}, at least {figures.size(prediction.bytes)} moved"
+    _fill(facts, "parameters", f"{figures.count(spec.parameters)}, {figures.size(spec.parameter_bytes)}")
+    _fill(facts, "mode", str(spec.mode))
+    _fill(
+        facts,
+        "work per call",
+        f"{figures.count(prediction.flops, 'FLOP')}, at least {figures.size(prediction.bytes)} moved",
     )
-    facts.add_row("time now", figures.milliseconds(prediction.baseline_ms))
-    facts.add_row(
-        "floor", f"{figures.milliseconds(prediction.floor_ms)}: nothing at the model's own precision can be faster"
+    _fill(facts, "time now", figures.milliseconds(prediction.baseline_ms))
+    _fill(
+        facts,
+        "floor",
+        f"{figures.milliseconds(prediction.floor_ms)}: nothing at the model's own precision can be faster",
     )
     console.print(facts)
     _section(console, "Where the time goes")
@@ -124,13 +129,13 @@ def render_prediction(spec: WorkloadSpec, prediction: Prediction, skipped: Seque
     table = _table("Operators", "Share", "", "Calls", right=(1, 3))
     for share in prediction.shares:
         bar = ("█" if blocks else "#") * max(1, round(share.time_share * 30))
-        table.add_row(share.kind, figures.percent(share.time_share), Text(bar, style="blue"), f"{share.calls:,}")
+        _fill(table, share.kind, figures.percent(share.time_share), Text(bar, style="blue"), f"{share.calls:,}")
     console.print(table)
     if prediction.ceilings:
         _section(console, "Upper bound of each step alone (Amdahl's law over the time it can touch)")
         table = _table("Step", "At most", right=(1,))
         for label, bound in reading.bounded(prediction):
-            table.add_row(Text(reading.short_step(label)), figures.times(bound))
+            _fill(table, Text(reading.short_step(label)), figures.times(bound))
         console.print(table)
     for note in prediction.notes:
         console.print(_hanging(Text(f"- {note}"), "  "))
@@ -157,12 +162,12 @@ def render_numerics(report: NumericsReport, console: Console) -> None:
         )
     console.print(verdict)
     facts = _facts()
-    facts.add_row("largest error", f"{figures.error(report.max_rel_error)} of {figures.error(report.budget)} allowed")
-    facts.add_row("smallest cosine", f"{report.cosine:.6f}")
+    _fill(facts, "largest error", f"{figures.error(report.max_rel_error)} of {figures.error(report.budget)} allowed")
+    _fill(facts, "smallest cosine", f"{report.cosine:.6f}")
     if report.noise:
-        facts.add_row("own noise", f"{figures.error(report.noise)} between two runs of the unmodified model")
+        _fill(facts, "own noise", f"{figures.error(report.noise)} between two runs of the unmodified model")
     if report.diverged_at:
-        facts.add_row("first parts at", report.diverged_at)
+        _fill(facts, "first parts at", report.diverged_at)
     console.print(facts)
     if report.checks:
         ordered = sorted(report.checks, key=lambda c: c.passed)
@@ -172,7 +177,7 @@ def render_numerics(report: NumericsReport, console: Console) -> None:
             if check.detail:
                 name.append(f"\n{check.detail}", style="yellow")
             mark = Text("ok", style="green") if check.passed else Text("FAIL", style="red")
-            table.add_row(mark, str(check.gate), name, figures.error(check.error), figures.error(check.budget))
+            _fill(table, mark, str(check.gate), name, figures.error(check.error), figures.error(check.budget))
         console.print(table)
         if len(ordered) > _SHOWN_CHECKS:
             console.print(f"and {len(ordered) - _SHOWN_CHECKS} more checks that passed or failed by less")
@@ -182,23 +187,23 @@ def render_numerics(report: NumericsReport, console: Console) -> None:
 
 def _key_facts(plan: Plan) -> Table:
     facts = _facts()
-    facts.add_row("model", f"{plan.workload.name or 'model'} ({plan.workload.mode}) on {plan.device.name}")
+    _fill(facts, "model", f"{plan.workload.name or 'model'} ({plan.workload.mode}) on {plan.device.name}")
     if not plan.device.verified:
-        facts.add_row("", "hardware support not verified: its contract suite has not run on this kind of device")
+        _fill(facts, "", "hardware support not verified: its contract suite has not run on this kind of device")
     measurement = plan.chosen.measurement
     if plan.candidate.steps:
-        facts.add_row("chosen", reading.short(plan.candidate))
+        _fill(facts, "chosen", reading.short(plan.candidate))
     if measurement is not None and plan.candidate.steps:
         before, after = measurement.baseline_median_ms, measurement.median_ms
-        facts.add_row("time", f"{figures.milliseconds(before)} -> {figures.milliseconds(after)}")
+        _fill(facts, "time", f"{figures.milliseconds(before)} -> {figures.milliseconds(after)}")
         if measurement.peak_bytes is not None and measurement.baseline_peak_bytes is not None:
             change = f"{figures.size(measurement.baseline_peak_bytes)} -> {figures.size(measurement.peak_bytes)}"
-            facts.add_row("peak memory", change)
+            _fill(facts, "peak memory", change)
         calls = measurement.break_even_calls
         paid = "" if calls is None else f", paid back after {calls:,} calls"
-        facts.add_row("compile", figures.seconds(measurement.compile_seconds) + paid)
+        _fill(facts, "compile", figures.seconds(measurement.compile_seconds) + paid)
     if plan.search_seconds:
-        facts.add_row("search", figures.seconds(plan.search_seconds))
+        _fill(facts, "search", figures.seconds(plan.search_seconds))
     return facts
 
 
@@ -209,7 +214,7 @@ def _trials(plan: Plan, *, wide: bool) -> Table:
         chosen = trial.candidate == plan.candidate
         label = Text(reading.short(trial.candidate), style="bold green" if chosen else "")
         cells = _cells(trial)
-        table.add_row("*" if chosen else "", label, *(cells if wide else cells[:-1]))
+        _fill(table, "*" if chosen else "", label, *(cells if wide else cells[:-1]))
     return table
 
 
@@ -239,6 +244,11 @@ def _table(*columns: str, right: tuple[int, ...] = ()) -> Table:
         number = index in right
         table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
     return table
+
+
+def _fill(table: Table, *cells: Text | str) -> None:
+    """Add a row of plain text: rich would read a bare string as markup, and names come from users."""
+    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
 def _facts() -> Table:
