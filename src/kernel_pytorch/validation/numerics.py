@@ -7,12 +7,16 @@ kernel (quantised operands), precision (what ships against fp64), training (grad
 
 from __future__ import annotations
 
-from kernel_pytorch.core.types import Check, NumericsReport, Step
+import math
+
+from kernel_pytorch.core.program import clone_call
+from kernel_pytorch.core.types import Check, Gate, NumericsReport, Step
 from kernel_pytorch.validation.contract import module_checks, sequence_checks
 from kernel_pytorch.validation.oracle import Oracle
 from kernel_pytorch.validation.precision import budgets, precision_checks
+from kernel_pytorch.validation.recompile import compiled_frames, keeps_recompiling
 from kernel_pytorch.validation.structure import structure
-from kernel_pytorch.validation.subject import Memo, Observed, Subject, observe
+from kernel_pytorch.validation.subject import Memo, Observed, Subject, attempt, observe, run
 
 __all__ = ["Subject", "judge"]
 
@@ -90,12 +94,23 @@ def _contract(subject: Subject, oracle: Oracle, report: _Report, *, exact: bool)
         want = oracle.observed(case)
         noise = oracle.noise(case)
         report.noise = max(report.noise, noise)
+        frames = compiled_frames()
         seen[case] = observe(model, oracle.calls(case), config.mode)
+        if compiled_frames() != frames and not seen[case].error:
+            report.checks.append(_settles(subject, oracle, case))
         _, repeats = _indices(oracle, case)
         report.checks += sequence_checks(
             seen[case], want, case, repeats=repeats, tolerance=1e-4 if exact else config.max_error, noise=noise
         )
     return seen
+
+
+def _settles(subject: Subject, oracle: Oracle, case: str) -> Check:
+    given, seed = oracle.calls(case)[0]
+    model, mode = subject.program.model, subject.config.mode
+    again, error = attempt(lambda: keeps_recompiling(lambda: run(model, clone_call(given), mode, seed)))
+    detail = "compiles anew in every call, up to the limit beyond which it runs eagerly" if again else error
+    return Check("recompiles", Gate.CONTRACT, math.inf if detail else 0.0, 0.0, detail, case)
 
 
 def _precision(
