@@ -236,6 +236,20 @@ def test_check_model_measures_the_models_own_noise():
     assert 0.0 < checked(Noisy(), torch.ones(4, 4)) < 1e-3
 
 
+def test_a_model_that_writes_to_its_inputs_sees_fresh_ones():
+    class Writes(nn.Module):
+        def forward(self, x):
+            return x.add_(1.0).square()
+
+    example = torch.ones(3)
+    assert checked(Writes(), example) == 0.0
+    assert torch.equal(example, torch.ones(3))
+    model = nn.Linear(3, 1)
+    workload = Workload(model=lambda: model, inputs=lambda: example, loss=lambda m, batch: m(batch.add_(1.0)).mean())
+    assert check_model(workload, model, {}, Mode.TRAINING, {"main": example}) == 0.0
+    assert torch.equal(example, torch.ones(3))
+
+
 def test_dropout_is_deterministic_from_one_seed():
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
     loss = lambda m, batch: m(batch[0]).square().mean()  # noqa: E731

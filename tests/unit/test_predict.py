@@ -297,9 +297,27 @@ def test_notes_say_what_limits():
     assert any(note.startswith("quantising weights cannot help much: 0%") for note in moves)
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning")
 def test_operators_without_a_formula_are_told():
-    notes = predicted(nn.LSTM(8, 8), torch.randn(3, 2, 8)).notes
-    assert any("rnn" in note and "not counted" in note for note in notes)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1).eval()
+    notes = predicted(encoder, torch.randn(3, 4, 16)).notes
+    assert any("_transformer_encoder_layer_fwd" in note and "not counted" in note for note in notes)
+    assert not any("not counted" in note for note in predicted(nn.Linear(4, 4), torch.ones(2, 4)).notes)
+
+
+def test_a_recurrent_layer_is_counted_on_a_cpu():
+    prediction = predicted(nn.LSTM(8, 16).eval(), torch.randn(5, 2, 8))
+    assert prediction.flops == 2 * 5 * 2 * (4 * 16 * 8 + 4 * 16 * 16)
+
+
+def test_a_model_that_writes_to_its_inputs_does_not_change_the_examples():
+    class Writes(nn.Module):
+        def forward(self, x):
+            return x.add_(1.0)
+
+    example = torch.zeros(3)
+    predicted(Writes(), example)
+    assert torch.equal(example, torch.zeros(3))
 
 
 def test_odd_models_are_predicted():

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernel_pytorch.core.program import clone_model, signatures_of
+from kernel_pytorch.core.program import clone_call, clone_model, signatures_of
 from kernel_pytorch.core.types import Mode, WorkloadSpec
 from kernel_pytorch.core.workload import Call, Workload, as_call
 from kernel_pytorch.errors import InputsError, KptError, ModelError
@@ -222,9 +222,11 @@ def _run(  # noqa: PLR0917  the arguments of `describe`
     watch: TorchDispatchMode | None = None,
 ) -> Any:
     """Run one case from a fixed seed; in training, return the loss with its gradients."""
-    batch = None
-    if mode is Mode.TRAINING:
-        batch = workload.batch(case, 0) if batches is None else batches[case]
+    call, batch = Call(), None
+    if mode is Mode.INFERENCE:
+        call = clone_call(calls[case])  # a model may write to its inputs
+    else:
+        batch = workload.batch(case, 0) if batches is None else clone_call(Call((batches[case],))).args[0]
     devices = [t.device for t in model.parameters() if t.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
@@ -232,7 +234,7 @@ def _run(  # noqa: PLR0917  the arguments of `describe`
             with watch or contextlib.nullcontext():
                 if mode is Mode.INFERENCE:
                     with torch.no_grad():
-                        return model(*calls[case].args, **calls[case].kwargs)
+                        return model(*call.args, **call.kwargs)
                 return _loss_and_gradients(training_loss(workload), model, batch)
         except KptError:
             raise

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from kernel_pytorch.core.describe import make_optimizer, training_loss
+from kernel_pytorch.core.program import clone_call
 from kernel_pytorch.core.protocols import HardwareManager
 from kernel_pytorch.core.types import Mode
 from kernel_pytorch.core.workload import Call, Workload
@@ -47,7 +48,7 @@ class CaseFigures:
 
 @dataclass(frozen=True, slots=True)
 class Unmodified:
-    """The unmodified model on the device; in training a copy that may be trained."""
+    """The unmodified model on the device: a copy that may be run, and in training trained."""
 
     workload: Workload
     model: nn.Module
@@ -73,7 +74,7 @@ class Unmodified:
     def _step(self, case: str) -> tuple[Callable[[], Any], torch.optim.Optimizer | None]:
         model = self.model
         if self.mode is Mode.INFERENCE:
-            call = self.manager.place(self.calls[case])
+            call = clone_call(self.manager.place(self.calls[case]))  # a model may write to its inputs
 
             def infer() -> Any:
                 with torch.no_grad():

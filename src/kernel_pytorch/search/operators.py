@@ -77,7 +77,7 @@ class WorkCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
             self.read_whole.update(map(storage_of, inputs))
             work.bytes += written + sum(map(_bytes, inputs))
         flops = _flops(func, args, kwargs, result)
-        if flops is None and kind in ("matmul", "attention", "convolution"):
+        if flops is None and (kind in ("matmul", "attention", "convolution") or operator in _FUSED_LAYERS):
             self.uncounted[operator] += 1
         if flops:
             dtype = _dtype(inputs)
@@ -139,10 +139,29 @@ def _mv(matrix: Any, *_: Any, **__: Any) -> int:
     return 2 * int(math.prod(matrix.shape))
 
 
+def _grouped_mm(one: Any, two: Any, *_: Any, **__: Any) -> int:
+    groups = int(one.shape[0]) if one.dim() == two.dim() == 3 else 1
+    return 2 * groups * int(one.shape[-2]) * int(one.shape[-1]) * int(two.shape[-1])
+
+
+def _recurrent_layer(steps: Any, to_hidden: Any, hidden_to_hidden: Any, *_: Any, **__: Any) -> int:
+    return 2 * int(steps.shape[0]) * int(steps.shape[1]) * int(to_hidden.numel() + hidden_to_hidden.numel())
+
+
+def _recurrent_layer_backward(*args: Any, **__: Any) -> int:
+    return 2 * _recurrent_layer(*args)
+
+
+_FUSED_LAYERS = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention")
+"""Whole layers in one operator, of several classes at once."""
+
 _EXTRA: dict[str, Callable[..., int]] = {
     "aten._scaled_dot_product_flash_attention_for_cpu": _attention_on_cpu,
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": _attention_on_cpu_backward,
     "aten._int_mm": _int_mm,
+    "aten._grouped_mm": _grouped_mm,
+    "aten.mkldnn_rnn_layer": _recurrent_layer,
+    "aten.mkldnn_rnn_layer_backward": _recurrent_layer_backward,
     "aten.addbmm": _addbmm,
     "aten.mv": _mv,
     "aten.dot": _mv,

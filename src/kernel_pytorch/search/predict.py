@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from kernel_pytorch.core.describe import private_copy
 from kernel_pytorch.core.program import clone_model
 from kernel_pytorch.core.protocols import HardwareManager, Transform
 from kernel_pytorch.core.types import (
@@ -52,7 +53,7 @@ def predict(  # noqa: PLR0917  one argument for each stage that came before
 
     Args:
         workload: The workload.
-        model: The unmodified model in the right mode; a copy of it is trained, itself is run in inference.
+        model: The unmodified model; left as it is.
         calls: Example calls by case.
         spec: Its description.
         device: The device.
@@ -64,8 +65,7 @@ def predict(  # noqa: PLR0917  one argument for each stage that came before
         Time, floor, operations and bytes are means over the cases by their weight.
     """
     model = manager.place(model)
-    if spec.mode is Mode.TRAINING:
-        model = clone_model(model)
+    model = clone_model(model) if spec.mode is Mode.TRAINING else private_copy(model, spec.mode)
     unmodified = Unmodified(workload, model, calls, spec.mode, manager)
     cases = [unmodified.figures(case, weight) for case, weight in workload.weights.items()]
     baseline_ms = sum(c.weight * c.ms for c in cases)
