@@ -29,12 +29,12 @@ from kernel_pytorch.core.types import Status, Trial
 from kernel_pytorch.core.workload import Workload
 from kernel_pytorch.errors import KptError
 from kernel_pytorch.measure.isolation import Workers, pack, unpack
+from kernel_pytorch.plan.schema import trial_dumps, trial_loads
 from kernel_pytorch.search.bench import prepare_bench
 from kernel_pytorch.search.trial import TrialRequest, run_trial
 
 __all__ = ["Jobs", "run_job"]
 
-_TRIAL = TypeAdapter(Trial)
 _REQUEST = TypeAdapter(TrialRequest)
 _CONFIG = TypeAdapter(KernelPyTorchConfig)
 _PRELOADED = (
@@ -117,7 +117,7 @@ class Jobs:
             memory_limit_bytes=self.config.memory_limit_bytes,
         )
         if outcome.status is Status.OK:
-            return _TRIAL.validate_json(outcome.value)
+            return trial_loads(outcome.value)
         return Trial(
             request.candidate,
             outcome.status,
@@ -135,7 +135,7 @@ def run_job(payload: bytes) -> str:
     workload, transforms = unpack(Path(job["packed"])) if job["packed"] else (None, None)
     if workload is None:
         workload = load_target(job["target"], trust_remote_code=config.trust_remote_code)
-    return _TRIAL.dump_json(_run(workload, config, request, transforms or TRANSFORMS)).decode()
+    return trial_dumps(_run(workload, config, request, transforms or TRANSFORMS))
 
 
 def _run(
