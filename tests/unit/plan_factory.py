@@ -114,7 +114,8 @@ def make_prediction() -> Prediction:
             OperatorShare("attention", 0.11, 6, 1.2e9, 9.0e7),
             OperatorShare("elementwise", 0.09, 62, 4.0e7, 5.3e8),
             OperatorShare("normalization", 0.05, 13, 1.2e7, 1.6e8),
-            OperatorShare("embedding", 0.01, 3, 0.0, 1.0e7),
+            OperatorShare("embedding", 0.0099, 3, 0.0, 1.0e7),
+            OperatorShare("copy", 0.0001, 2, 0.0, 1.0e5),
             OperatorShare("overhead", 0.03, 0, 0.0, 0.0),
         ),
         ceilings={

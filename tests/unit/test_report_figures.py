@@ -58,10 +58,12 @@ def test_sizes_and_counts():
 def test_speedups_with_their_interval():
     assert figures.interval(Ratio(2.84, 2.79, 2.9)) == "2.84x [2.79, 2.90]"
     assert figures.interval(Ratio(12.34, 12.1, 12.6)) == "12.3x [12.1, 12.6]"
-    assert figures.times(math.inf) == "unbounded"
+    assert figures.interval(Ratio(1.57, 0.001, 15_300.0)) == "1.57x [0.00, > 1000]"
+    assert figures.times(math.inf) == "> 1000x"
 
 
 def test_shares():
     assert figures.percent(0.71) == "71 %"
     assert figures.percent(0.013) == "1.3 %"
     assert figures.percent(0.0) == "0 %"
+    assert figures.percent(0.0001) == "< 0.1 %"

@@ -118,12 +118,12 @@ def baseline_time(plan: Plan) -> float | None:
 
 
 def _budget(plan: Plan) -> float:
-    for trial in (plan.chosen, *plan.evidence):
-        error = reading.measured_error(trial)
-        if error is not None and 0 < error[1] < math.inf:
-            return error[1]
+    """Return what the user allowed; plans that do not say, the largest budget a trial was held to."""
     configured = plan.config.get("max_error")
-    return float(configured) if isinstance(configured, int | float) and configured > 0 else 1e-2
+    if isinstance(configured, int | float) and configured > 0:
+        return float(configured)
+    judged = (e[1] for t in plan.evidence if (e := reading.measured_error(t)) is not None)
+    return max((budget for budget in judged if 0 < budget < math.inf), default=1e-2)
 
 
 def _roofline(plan: Plan) -> Chart:
@@ -142,7 +142,7 @@ def _roofline(plan: Plan) -> Chart:
         if s.flops > 0 and s.bytes > 0 and s.time_share * prediction.baseline_ms > 0
     ]
     ridges = [peak / device.bandwidth_bytes_per_s for peak in device.peak_flops.values()]
-    left = 10.0 ** math.floor(math.log10(min(p["x"] for p in points) / 2))
+    left = 10.0 ** math.floor(math.log10(min(*ridges, *(p["x"] for p in points)) / 5))
     right = 10.0 ** math.ceil(math.log10(max(*ridges, *(p["x"] for p in points)) * 2))
     heights = [p["y"] for p in points]
     return {

@@ -20,6 +20,9 @@ __all__ = [
     "times",
 ]
 
+_MOST_TIMES = 1000.0
+"""No machine makes a model a thousand times faster; an interval of two samples may still reach that far."""
+
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -39,8 +42,8 @@ def number(value: float) -> str:
 
 def times(value: float) -> str:
     """Write a speed-up: `2.84x`."""
-    if not math.isfinite(value):
-        return "unbounded"
+    if value > _MOST_TIMES:
+        return f"> {_MOST_TIMES:.0f}x"
     return f"{number(value)}x" if value >= 10 else f"{value:.2f}x"
 
 
@@ -95,6 +98,8 @@ def rate(value: float, unit: str) -> str:
 
 def percent(value: float) -> str:
     """Write a share."""
+    if 0 < value < 0.0005:
+        return "< 0.1 %"
     return f"{value * 100:.0f} %" if value >= 0.0995 or value == 0 else f"{value * 100:.1f} %"
 
 

@@ -173,7 +173,7 @@ def _cards(plan: Plan, unit: str) -> list[dict[str, Any]]:
             card(f"Time per {unit}", figures.milliseconds(before), "unmodified, median")
         peak, peak_before = measurement.peak_bytes, measurement.baseline_peak_bytes
         if won and peak is not None and peak_before:
-            note = f"from {figures.size(peak_before)}: {_change(peak / peak_before)}, weights included"
+            note = f"from {figures.size(peak_before)}: {_change(peak / peak_before)}"
             card("Peak memory", figures.size(peak), note, share=peak / peak_before)
     error = reading.measured_error(plan.chosen)
     if won and error is not None and error[1] > 0:
@@ -242,6 +242,10 @@ def _numerics(report: NumericsReport | None) -> dict[str, Any] | None:
     }
 
 
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) else figures.number(value)
+
+
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -256,6 +260,8 @@ def _honesty(ceilings: list[reading.Ceiling]) -> str:
     broken = [c for c in measured if c.kept is False]
     if not measured:
         return "None of these steps was measured alone."
+    if not broken and len(measured) == 1:
+        return "The one that was measured alone stayed under its bound."
     if not broken:
         return f"All {len(measured)} that were measured alone stayed under their bound."
     names = ", ".join(c.label for c in broken)
@@ -287,9 +293,7 @@ def _environment(plan: Plan) -> list[tuple[str, str]]:
     ]
     telemetry = plan.chosen.measurement.telemetry if plan.chosen.measurement else {}
     if telemetry:
-        rows.append(
-            ("While measuring", ", ".join(f"{k.replace('_', ' ')} {figures.number(v)}" for k, v in telemetry.items()))
-        )
+        rows.append(("While measuring", ", ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in telemetry.items())))
     spec = plan.workload
     rows += [
         (

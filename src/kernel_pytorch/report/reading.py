@@ -115,11 +115,10 @@ def sentence(plan: Plan) -> str:
     usable = [t for t in tried if t.status is Status.OK and t.measurement is not None]
     if not usable:
         return f"none of the {len(tried)} candidates tried computed the same thing and ran to the end"
-    best = usable[0]
-    assert best.measurement is not None
+    best, ratio = max(((t, t.measurement.ratio) for t in usable if t.measurement), key=lambda pair: pair[1].low)
     return (
         f"none of the {len(tried)} candidates tried was reliably faster; the best, {short(best.candidate)}, "
-        f"measured {figures.interval(best.measurement.ratio)}"
+        f"measured {figures.interval(ratio)}"
     )
 
 

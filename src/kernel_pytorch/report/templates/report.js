@@ -34,6 +34,10 @@
     if (value >= 10000) return round(value / 1000) + " s";
     return value < 1 && value > 0 ? round(value * 1000) + " us" : round(value) + " ms";
   }
+  function percent(share) {
+    if (share > 0 && share < 0.0005) return "< 0.1 %";
+    return (share * 100).toFixed(share >= 0.0995 || share === 0 ? 0 : 1) + " %";
+  }
   function power(value) {
     return "1e" + Math.round(Math.log10(value));
   }
@@ -142,7 +146,7 @@
       const timed = chart.points.filter((p) => p.ms !== null);
       const untimed = chart.points.filter((p) => p.ms === null);
       const lane = untimed.length ? (narrow(element) ? 64 : 110) : 0;
-      const slowest = Math.min(chart.slowest_ms, Math.max(chart.baseline_ms, ...timed.map((p) => p.high_ms)));
+      const slowest = Math.min(chart.slowest_ms, Math.max(chart.baseline_ms, ...timed.map((p) => Math.min(p.high_ms, p.ms * 1.4))));
       const named = (p) => !narrow(element) && (p.kind === "chosen" || p.kind === "unmodified");
       const item = (p, x, index) => ({
         value: [x, p.error], point: p, symbol: symbols[p.kind],
@@ -176,7 +180,7 @@
         axisLabel: Object.assign(muted(), { formatter: (v) => (v <= chart.floor * 1.01 ? "none" : power(v)) }),
       }))];
       const limit = (label) => ({
-        silent: true, symbol: "none", lineStyle: { color: color.wrong, type: "dashed", width: 2 },
+        silent: true, precision: 20, symbol: "none", lineStyle: { color: color.wrong, type: "dashed", width: 2 },
         data: [{ yAxis: chart.budget }], label: Object.assign(ink(), { show: Boolean(label), formatter: label, position: "insideStartTop", color: color.wrong }),
       });
       const format = (p) => (p.data && p.data.point
@@ -185,7 +189,7 @@
         type: "scatter", z: 5, data: timed.map((p, i) => item(p, Math.min(p.ms, slowest), i)), markLine: limit("error budget " + chart.budget_text),
       }, {
         type: "line", silent: true, symbol: "none", data: [],
-        markLine: { silent: true, symbol: "none", data: [{ xAxis: chart.baseline_ms }], lineStyle: { color: color.base, type: "dotted", width: 2 }, label: { show: false } },
+        markLine: { silent: true, precision: 20, symbol: "none", data: [{ xAxis: chart.baseline_ms }], lineStyle: { color: color.base, type: "dotted", width: 2 }, label: { show: false } },
       }];
       if (lane) {
         grids.push({ right: 20, width: lane, top: 26, bottom: 62 });
@@ -293,10 +297,10 @@
         height: height(names.length, 30, 12),
         option: frame(Object.assign(horizontal(element, names, { right: 60, bottom: 4 }), {
           xAxis: axis({ type: "value", show: false }),
-          tooltip: Object.assign(frame().tooltip, { formatter: (p) => lines(p.name, round(p.value * 100) + " % of the time") }),
+          tooltip: Object.assign(frame().tooltip, { formatter: (p) => lines(p.name, percent(p.value) + " of the time") }),
           series: [{
             type: "bar", data: shares, barMaxWidth: 18, itemStyle: { color: color.base, borderRadius: 3 },
-            label: Object.assign(ink(), { show: true, position: "right", formatter: (p) => round(p.value * 100) + " %" }),
+            label: Object.assign(ink(), { show: true, position: "right", formatter: (p) => percent(p.value) }),
           }],
         })),
       };
@@ -314,7 +318,7 @@
               type: "bar", data: rows.map((r) => r.bound), barWidth: 24, z: 1,
               itemStyle: { color: color.soft, borderColor: color.base, borderType: "dashed", borderWidth: 1, borderRadius: 4 },
               label: Object.assign(muted(), { show: true, position: "right", formatter: (p) => (rows[p.dataIndex].measured ? round(rows[p.dataIndex].measured) + "x of " : "") + "≤ " + round(p.value) + "x" }),
-              markLine: { silent: true, symbol: "none", data: [{ xAxis: 1 }], lineStyle: { color: color.base, type: "dotted", width: 2 }, label: { show: false } },
+              markLine: { silent: true, precision: 20, symbol: "none", data: [{ xAxis: 1 }], lineStyle: { color: color.base, type: "dotted", width: 2 }, label: { show: false } },
             },
             {
               type: "bar", barWidth: 12, barGap: "-75%", z: 3,
@@ -327,17 +331,27 @@
 
     samples(element, chart) {
       const tight = narrow(element);
+      const top = Math.max(...chart.baseline, ...chart.chosen);
+      // Two medians that lie close together would write over each other.
+      const close = Math.abs(chart.baseline_median - chart.chosen_median) < top * 0.08;
+      const higher = Math.max(chart.baseline_median, chart.chosen_median);
+      let first = true;
+      function gap(median) {
+        if (!close) return 0;
+        const above = first && (median === higher || chart.baseline_median === chart.chosen_median);
+        first = false;
+        return above ? [0, 0, 18, 0] : [18, 0, 0, 0];
+      }
       const line = (name, values, median, hue, symbol) => ({
         name, type: "line", data: values, symbol, symbolSize: 5, showAllSymbol: values.length < 120,
         lineStyle: { color: hue, width: 1, opacity: 0.55 }, itemStyle: { color: hue },
         markLine: {
-          silent: true, symbol: "none", data: [{ yAxis: median }], lineStyle: { color: hue, type: "dashed", width: 1.5 },
+          silent: true, precision: 20, symbol: "none", data: [{ yAxis: median }], lineStyle: { color: hue, type: "dashed", width: 1.5 },
           label: Object.assign(ink(), {
-            position: tight ? "insideEndTop" : "end", formatter: "median " + milliseconds(median), color: hue, fontWeight: 600,
+            position: tight ? "insideEndTop" : "end", padding: tight ? 0 : gap(median), formatter: "median " + milliseconds(median), color: hue, fontWeight: 600,
           }),
         },
       });
-      const top = Math.max(...chart.baseline, ...chart.chosen);
       return {
         height: 320,
         option: frame({
