@@ -11,7 +11,7 @@ EXTRAS := dev,demo,serve
 DEMO_OUT ?= out/minilm
 SAMPLE ?=
 
-.PHONY: help setup check test demo breadth faults bench clean
+.PHONY: help setup check test demo breadth faults bench docs clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -45,7 +45,10 @@ faults: setup  ## the seeded faults that the validator must reject
 	$(BIN)/python benchmarks/faults.py
 
 bench: setup  ## measure the examples and store the artefacts under benchmarks/results
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/examples.py
+
+docs: setup  ## regenerate the pages that come from the code
+	$(BIN)/python docs/generate.py
 
 clean:  ## remove what can be made again, the virtual environment included
 	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
