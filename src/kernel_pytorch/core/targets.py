@@ -240,7 +240,9 @@ def _watched(workload: Workload, where: str) -> Workload:
     if isinstance(workload.model, _Constant):
         return workload
     given: Any = workload.model
-    if not callable(given):
+    from torch import nn
+
+    if not callable(given) or isinstance(given, nn.Module):
         kind = type(given).__name__
         raise TargetError(f"Workload.model {where} is a {kind}; expected a function that returns a module")
     cases: Mapping[str, Case] = workload.cases
