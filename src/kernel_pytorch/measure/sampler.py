@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["collect", "compare"]
 
-_SAMPLE_MS = 2.0
+_SAMPLE_MS = 5.0
 """A sample of a shorter function is the mean of as many calls as fill this."""
 _MAX_CALLS = 1000
 _WARM_UP_SHARE = 0.25
@@ -172,7 +172,7 @@ def compare(
 ) -> Measurement:
     """Time two functions side by side and return raw samples with their paired ratio.
 
-    Both functions are warmed up until they get no faster; of a function shorter than 2 ms a
+    Both functions are warmed up until they get no faster; of a function shorter than 5 ms a
     sample is the mean of several calls. Garbage collection is off within a sample.
 
     Args:
