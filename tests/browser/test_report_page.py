@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,14 @@ def test_the_charts_show_the_plans_figures(page, tmp_path):
         "71 %",
     ):
         assert expected in labels
+
+
+def test_a_small_budget_is_still_a_line(tmp_path):
+    path = tmp_path / "report.html"
+    plan = make_plan()
+    write_html(replace(plan, config={**plan.config, "max_error": 3e-4}), path)
+    dom, _ = browse(path, tmp_path / "profile")
+    assert "error budget 3.0e-4" in re.findall(r"<text[^>]*>([^<]*)</text>", dom)
 
 
 def test_both_themes_paint_the_charts_differently(page, tmp_path):

@@ -332,30 +332,23 @@
     samples(element, chart) {
       const tight = narrow(element);
       const top = Math.max(...chart.baseline, ...chart.chosen);
-      // Two medians that lie close together would write over each other.
+      // Two medians that lie close together would write over each other: the lower one goes below its line.
       const close = Math.abs(chart.baseline_median - chart.chosen_median) < top * 0.08;
-      const higher = Math.max(chart.baseline_median, chart.chosen_median);
-      let first = true;
-      function gap(median) {
-        if (!close) return 0;
-        const above = first && (median === higher || chart.baseline_median === chart.chosen_median);
-        first = false;
-        return above ? [0, 0, 18, 0] : [18, 0, 0, 0];
-      }
-      const line = (name, values, median, hue, symbol) => ({
+      const place = (below) => (close && below ? "insideEndBottom" : close || tight ? "insideEndTop" : "end");
+      const line = (name, values, median, hue, symbol, below) => ({
         name, type: "line", data: values, symbol, symbolSize: 5, showAllSymbol: values.length < 120,
         lineStyle: { color: hue, width: 1, opacity: 0.55 }, itemStyle: { color: hue },
         markLine: {
           silent: true, precision: 20, symbol: "none", data: [{ yAxis: median }], lineStyle: { color: hue, type: "dashed", width: 1.5 },
           label: Object.assign(ink(), {
-            position: tight ? "insideEndTop" : "end", padding: tight ? 0 : gap(median), formatter: "median " + milliseconds(median), color: hue, fontWeight: 600,
+            position: place(below), formatter: "median " + milliseconds(median), color: hue, fontWeight: 600,
           }),
         },
       });
       return {
         height: 320,
         option: frame({
-          grid: { left: 70, right: tight ? 20 : 140, top: 22, bottom: 46 },
+          grid: { left: 70, right: tight || close ? 20 : 140, top: 22, bottom: 46 },
           xAxis: axis({ type: "category", data: chart.baseline.map((_, i) => i + 1), name: "pair, in the order in which they were taken", nameGap: 28, splitLine: { show: false } }),
           yAxis: axis({ type: "value", min: 0, max: top * 1.12, axisLabel: Object.assign(muted(), { formatter: milliseconds, showMaxLabel: false }) }),
           tooltip: Object.assign(frame().tooltip, {
@@ -363,8 +356,8 @@
             formatter: (ps) => lines("pair " + ps[0].axisValue, ...ps.map((p) => p.seriesName + " " + milliseconds(p.value))),
           }),
           series: [
-            line("unmodified", chart.baseline, chart.baseline_median, color.base, "rect"),
-            line(chart.chosen_name, chart.chosen, chart.chosen_median, color.chosen, "circle"),
+            line("unmodified", chart.baseline, chart.baseline_median, color.base, "rect", chart.baseline_median < chart.chosen_median),
+            line(chart.chosen_name, chart.chosen, chart.chosen_median, color.chosen, "circle", chart.baseline_median >= chart.chosen_median),
           ],
         }),
       };
