@@ -172,8 +172,7 @@ class Aoti:
         """The same functions; a package is made at the first call of each shape."""
         del step
         then = "import tempfile\n\n_packages = tempfile.mkdtemp()\ncall = packaged_when_called(model, call, _packages)"
-        imports = ("from torch import nn", "from torch.utils import _pytree as pytree")
-        return plain_source(signature, package, guarded, packaged_when_called, imports=imports, then=then)
+        return plain_source(signature, package, guarded, packaged_when_called, then=then)
 
 
 def _identity(program: Program) -> str:

@@ -84,7 +84,7 @@ class _Refrozen:
     """A frozen call that compiles again when the weights it holds as constants have changed."""
 
     def __init__(self, inner: Callable[..., Any], program: Program, arguments: dict[str, Any]) -> None:
-        self._make = lambda: frozen(entry_point(inner), **arguments)
+        self._make: Callable[[], Callable[..., Any]] = lambda: frozen(entry_point(inner), **arguments)
         self._call = self._make()
         self._notes = program.notes
         self._watch = WeightsWatch(program.model)

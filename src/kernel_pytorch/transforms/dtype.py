@@ -164,9 +164,7 @@ class Dtype:
         """The same functions, and a call of them."""
         to, how = step.params["to"], step.params.get("how")
         if to == "tf32":
-            return plain_source(
-                _tf32, scoped, imports=("from contextlib import contextmanager",), then="call = scoped(call, _tf32)"
-            )
+            return plain_source(_tf32, scoped, then="call = scoped(call, _tf32)")
         if how == "autocast":
             return plain_source(
                 map_tensors, main_dtype, _device_type, autocast,

@@ -105,4 +105,4 @@ class Int8Eager:
         pack = _PACK[str(step.params["scales"])]
         then = "for _linear in packable_linears(model):\n    "
         then += f"_linear._compiled_call_impl = packed_call(_linear, {pack.__name__})"
-        return plain_source(packable_linears, packed_call, pack, imports=("from torch import nn",), then=then)
+        return plain_source(packable_linears, packed_call, pack, then=then)

@@ -13,8 +13,17 @@ from typing import Any
 
 __all__ = ["plain_source"]
 
+_IMPORTS = {
+    "contextmanager": "from contextlib import contextmanager",
+    "torch": "import torch",
+    "nn": "from torch import nn",
+    "pytree": "from torch.utils import _pytree as pytree",
+}
+
 
 class _Plain(ast.NodeTransformer):
+    """Drops annotations, whose names mean nothing outside this package."""
+
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         self.generic_visit(node)
         node.returns = None
@@ -27,18 +36,20 @@ class _Plain(ast.NodeTransformer):
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        if node.value is None:
-            return ast.Pass()
-        return ast.Assign([node.target], node.value)
+        return ast.Pass() if node.value is None else ast.Assign([node.target], node.value)
 
 
-def plain_source(*functions: Callable[..., Any], imports: tuple[str, ...] = (), then: str = "") -> str:
-    """Return `imports`, the definitions of `functions` one after the other, then the statements `then`.
+def plain_source(*functions: Callable[..., Any], then: str = "") -> str:
+    """Return the definitions of `functions` one after the other, then the statements `then`.
 
-    The functions must need nothing from their modules but each other and `torch`, which the text imports.
+    The functions must need nothing from their modules but each other, `torch`, `nn`, `torch.utils._pytree`
+    as `pytree`, and `contextlib.contextmanager`, which the text imports.
     """
-    parts = ["\n".join(("import torch", *imports))]
+    parts = []
     for function in functions:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         parts.append(ast.unparse(ast.fix_missing_locations(_Plain().visit(tree))))
-    return "\n\n".join([*parts, textwrap.dedent(then).strip()]) + "\n"
+    text = "\n\n".join([*parts, textwrap.dedent(then).strip()])
+    used = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    imports = "\n".join(line for name, line in _IMPORTS.items() if name in used)
+    return f"{imports}\n\n{text}\n" if imports else f"{text}\n"

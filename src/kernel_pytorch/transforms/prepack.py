@@ -74,4 +74,4 @@ class Prepack:
         del step
         then = "for _linear in packable_linears(model):\n    "
         then += "_linear._compiled_call_impl = packed_call(_linear, prepacked)"
-        return plain_source(packable_linears, packed_call, prepacked, imports=("from torch import nn",), then=then)
+        return plain_source(packable_linears, packed_call, prepacked, then=then)

@@ -167,9 +167,7 @@ class Quantize:
         if not linears:
             raise CandidateError(f"{step}: no plain, untied nn.Linear whose sizes suit it")
         before = [(linear, dict(vars(linear)), linear.weight) for linear in linears]
-        device = linears[0].weight.device.type
-        with _quiet():
-            removals = quantize_linears(linears, configuration(self.scheme, device))
+        removals: list[Any] = []
 
         def undo() -> None:
             for handle in removals:
@@ -179,6 +177,13 @@ class Quantize:
                     delattr(linear, extra)
                 linear.weight = weight
 
+        try:
+            with _quiet():
+                config = configuration(self.scheme, linears[0].weight.device.type)
+                removals += quantize_linears(linears, config)
+        except Exception as error:
+            undo()
+            raise CandidateError(f"torchao cannot apply {step}: {type(error).__name__}: {error}") from error
         program.undo.append(undo)
         total = sum(type(m) is nn.Linear for m in program.model.modules())
         if len(linears) < total:
@@ -191,7 +196,7 @@ class Quantize:
         then = f"_linears = quantizable_linears(model, {_multiple(self.scheme)})\n"
         then += f"quantize_linears(_linears, configuration({self.scheme!r}, _linears[0].weight.device.type))"
         functions: tuple[Callable[..., Any], ...] = (configuration, quantizable_linears, quantize_linears)
-        return plain_source(*functions, imports=("from torch import nn",), then=then)
+        return plain_source(*functions, then=then)
 
 
 def _multiple(scheme: str) -> int:

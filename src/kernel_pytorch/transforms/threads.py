@@ -79,6 +79,5 @@ class Threads:
         """The setting around the call."""
         return plain_source(
             threads, scoped,
-            imports=("from contextlib import contextmanager",),
             then=f"call = scoped(call, threads({step.params['count']}))",
         )  # fmt: skip
