@@ -229,3 +229,21 @@ def test_writing_replaces_the_file_and_leaves_it_alone_where_it_cannot(tmp_path)
     assert "2.84x" in target.read_text("utf-8")
     with pytest.raises(OSError, match="absent"):
         write_html(make_plan(), tmp_path / "absent" / "report.html")
+
+
+def luminance(colour: str) -> float:
+    channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_every_colour_of_text_and_of_bars_is_readable_on_its_ground(theme):
+    css = (files("kernel_pytorch.report") / "templates" / "report.css").read_text("utf-8")
+    block = css.split(":root")[theme + 1].split("}")[0]
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})\b", block))
+    pairs = [(name, "card") for name in ("ink", "muted", "chosen", "base", "ok", "wrong", "failed", "slow")]
+    pairs += [("ink", "page"), ("muted", "page"), ("good-ink", "good-fill"), ("bad-ink", "bad-fill"), ("ink", "soft")]
+    for front, ground in pairs:
+        low, high = sorted((luminance(colours[front]), luminance(colours[ground])))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (front, ground)
