@@ -176,7 +176,7 @@ def test_a_factory_that_raises_shows_the_users_traceback_alone(file, factory, sa
 
 
 def test_factories_inside_a_workload_are_watched_too(file):
-    with pytest.raises(TargetError, match="model factory .*ZeroDivisionError") as caught:
+    with pytest.raises(TargetError, match=r"model factory .*ZeroDivisionError") as caught:
         load_target(f"{file}:model_raises").model()
     assert "1 / 0" in caught.value.user_traceback
     mixed = load_target(f"{file}:mixed")

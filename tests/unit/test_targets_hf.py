@@ -120,7 +120,7 @@ def test_a_directory_that_holds_no_model_is_told(tmp_path, text, says):
 
 def test_missing_weights_are_told_with_the_librarys_traceback(tmp_path):
     transformers.BertConfig(vocab_size=100, architectures=["BertModel"], **SMALL).save_pretrained(tmp_path)
-    with pytest.raises(TargetError, match="loading hf:.* raised OSError"):
+    with pytest.raises(TargetError, match=r"loading hf:.* raised OSError"):
         load_target(f"hf:{tmp_path}").model()
 
 
