@@ -63,6 +63,7 @@ COMPILE = Planted("compile", Numerics.REORDERED, 1.5)
 DTYPE = Planted("dtype", Numerics.LOWER_PRECISION, math.inf)
 QUANTIZE = Planted("quantize", Numerics.LOWER_PRECISION, math.inf)
 USELESS = Planted("useless", Numerics.EXACT, 1.001)
+HALF = Planted("half", Numerics.EXACT, 2.0)
 BF16 = Step("dtype", {"to": "bfloat16"})
 
 
@@ -71,8 +72,12 @@ class Slow:
 
     vendor = "cpu"
 
-    def __init__(self, ms):
+    def __init__(self, ms, others=0.0):
         self.ms = ms
+        self.others = others
+
+    def telemetry(self):
+        return {"cpu_others_percent": self.others}
 
     def place(self, tree):
         return tree
@@ -89,7 +94,7 @@ def predicted(model, example, *, mode=Mode.INFERENCE, device=DEVICE, manager=Non
     workload = dataclasses.replace(as_workload((model, example)), **fields)
     calls = {case: workload.call(case, 0) for case in workload.cases}
     spec = describe(workload, model, calls, mode)
-    transforms = (COMPILE, DTYPE, QUANTIZE, USELESS)
+    transforms = (COMPILE, DTYPE, QUANTIZE, USELESS, HALF)
     manager = manager or manager_for("cpu")
     return predict(workload, model, calls, spec, device, manager, transforms, [Candidate(tuple(s)) for s in steps])
 
@@ -240,6 +245,14 @@ def test_ceilings_are_the_steps_own_bounded_by_the_floor_at_the_candidates_preci
     assert "unmodified" not in ceilings
 
 
+def test_steps_together_may_save_what_each_saves_alone_which_is_more_than_the_product():
+    steps = [(Step("compile"), Step("half"))]
+    ceilings = predicted(nn.Linear(8, 8), torch.ones(2, 8), manager=Slow(1e3), steps=steps).ceilings
+    assert ceilings["compile"] == pytest.approx(1.5)
+    assert ceilings["half"] == pytest.approx(2.0)
+    assert ceilings["compile + half"] == pytest.approx(1 / (1 - 1 / 3 - 1 / 2)), "a third of the time and half of it"
+
+
 def test_a_model_at_its_floor_cannot_be_made_faster_at_its_own_precision(monkeypatch):
     monkeypatch.setattr("kernel_pytorch.search.predict.cache_bytes", lambda device: 0)
     prediction = predicted(
@@ -249,7 +262,7 @@ def test_a_model_at_its_floor_cannot_be_made_faster_at_its_own_precision(monkeyp
         steps=[(Step("compile"), Step("useless"))],
     )
     assert prediction.ceilings["compile + useless"] == pytest.approx(1.25)
-    assert prediction.ceilings["useless"] == 1.001
+    assert prediction.ceilings["useless"] == pytest.approx(1.001)
     assert "cannot gain 2 %: useless" in prediction.notes
 
 
@@ -318,6 +331,15 @@ def test_a_model_that_writes_to_its_inputs_does_not_change_the_examples():
     example = torch.zeros(3)
     predicted(Writes(), example)
     assert torch.equal(example, torch.zeros(3))
+
+
+def test_foreign_load_is_told():
+    def told(others):
+        notes = predicted(nn.Linear(4, 4), torch.ones(2, 4), manager=Slow(10.0, others)).notes
+        return [note for note in notes if "other processes took" in note]
+
+    assert told(40.0) == ["other processes took 40 % of the CPU meanwhile: these times and ceilings are too high"]
+    assert told(5.0) == []
 
 
 def test_odd_models_are_predicted():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -36,6 +37,8 @@ _WIDTH = {"bfloat16": 0.5, "float16": 0.5, "tf32": 1.0}
 _NARROWEST = 0.125
 """Of four-bit weights: the least that any lower precision reads."""
 
+_FOREIGN_PERCENT = 15.0
+
 _PRODUCTS = ("matmul", "convolution", "attention")
 
 
@@ -67,7 +70,9 @@ def predict(  # noqa: PLR0917  one argument for each stage that came before
     model = manager.place(model)
     model = clone_model(model) if spec.mode is Mode.TRAINING else private_copy(model, spec.mode)
     unmodified = Unmodified(workload, model, calls, spec.mode, manager)
+    manager.telemetry()  # what others take is counted from here
     cases = [unmodified.figures(case, weight) for case, weight in workload.weights.items()]
+    others = manager.telemetry().get("cpu_others_percent", 0.0)
     baseline_ms = sum(c.weight * c.ms for c in cases)
     roofline = Roofline(
         device=device,
@@ -87,6 +92,8 @@ def predict(  # noqa: PLR0917  one argument for each stage that came before
     singles = [Candidate((step,)) for candidate in proposals for step in candidate.steps]
     ceilings = {c.label: _ceiling(c, by_name, prediction, roofline) for c in (*singles, *proposals) if c.steps}
     notes = [_limit(prediction, roofline), *_caveats(prediction, device, cases), *_useless(ceilings)]
+    if others > _FOREIGN_PERCENT:
+        notes.append(f"other processes took {others:.0f} % of the CPU meanwhile: these times and ceilings are too high")
     return replace(prediction, ceilings=ceilings, notes=tuple(notes))
 
 
@@ -118,20 +125,25 @@ def _shares(cases: Sequence[CaseFigures], baseline_ms: float) -> tuple[OperatorS
 def _ceiling(
     candidate: Candidate, transforms: Mapping[str, Transform], prediction: Prediction, roofline: Roofline
 ) -> float:
-    """Return the product of the steps' own ceilings, bounded by the roofline floor at the candidate's precision."""
-    product, precisions, width = 1.0, set(), 1.0
+    """Return what is left of the time when all steps save what each can alone, bounded by the roofline floor.
+
+    Not the product of the steps' ceilings: once one step has shrunk the matrix products, what another one saves is
+    a larger share of the rest. The floor is that at the candidate's precision.
+    """
+    saved, precisions, width = 0.0, set(), 1.0
     for step in candidate.steps:
         transform = transforms[step.transform]
-        product *= max(1.0, transform.ceiling(step, prediction, roofline.device))
+        saved += 1.0 - 1.0 / max(1.0, transform.ceiling(step, prediction, roofline.device))
         if transform.numerics is Numerics.LOWER_PRECISION:
             named = [str(value) for value in step.params.values() if str(value) in _WIDTH]
             precisions.add(named[0] if named else FASTEST)
             width = min(width, _WIDTH[named[0]] if named else _NARROWEST)
     precision = "" if not precisions else precisions.pop() if len(precisions) == 1 else FASTEST
     floor_ms = 1e3 * roofline.floor_s(precision, width)
+    bound = 1.0 / (1.0 - saved) if saved < 1.0 else math.inf
     if floor_ms <= 0:
-        return product
-    return max(1.0, min(product, _MARGIN * prediction.baseline_ms / floor_ms))
+        return bound
+    return max(1.0, min(bound, _MARGIN * prediction.baseline_ms / floor_ms))
 
 
 def _limit(prediction: Prediction, roofline: Roofline) -> str:
