@@ -144,12 +144,9 @@ def test_make_targets_exist(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_and_options_exist(name: str) -> None:
-    from typer.main import get_command
+    from kernel_pytorch.cli.commands import kpt
 
-    from kernel_pytorch.cli.commands import app
-
-    command = get_command(app)
-    verbs = command.commands
+    verbs = kpt.commands
     for line in re.findall(r"(?:^|`)(?:\.venv/bin/)?kpt ([^`\n]+)", read(name), re.MULTILINE):
         words = line.split("#")[0].split()
         if words[0].startswith("-"):
