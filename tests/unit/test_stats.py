@@ -145,6 +145,20 @@ def test_confirmation_takes_more_pairs_for_smaller_gains_and_more_noise() -> Non
     assert all(pairs(v, h) % 2 == 0 for v in (1.03, 1.07, 1.5) for h in (0.005, 0.02))
 
 
+def test_confirmation_is_stricter_than_the_interval_it_reports() -> None:
+    noise = 0.065 * np.random.default_rng(3).standard_normal(40)
+    base = np.exp(0.03 + noise - noise.mean()).tolist()
+    assert stats.is_win(stats.paired_ratio(base, [1.0] * 40), 0.02)
+    assert not stats.confirmed(base, [1.0] * 40, 0.02)
+    assert stats.confirmed(np.exp(0.10 + noise - noise.mean()).tolist(), [1.0] * 40, 0.02)
+
+
+def test_two_unlike_pairs_bound_nothing_rather_than_overflow() -> None:
+    ratio = stats.paired_ratio([1e-6, 1e6], [1.0, 1.0], confidence=0.999)
+    assert ratio.low < 1e-9
+    assert ratio.high == math.inf
+
+
 def test_the_committed_table_holds_what_the_project_promises() -> None:
     table = json.loads(ARTEFACT.read_text(encoding="utf-8"))
     assert set(table["coverage_by_noise_and_pairs"]) == set(NOISE)

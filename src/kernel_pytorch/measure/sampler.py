@@ -195,6 +195,7 @@ def compare(
         began = time.monotonic()
         warm_up = _warm_up(series, began + _WARM_UP_SHARE * max_seconds)
         gc.collect()
+        manager.telemetry()  # some values count from the call before
         load = _ForeignLoad.now()
         times = collect(
             lambda i: series[i].sample(),

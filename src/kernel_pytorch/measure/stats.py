@@ -43,8 +43,8 @@ CONFIRM_CONFIDENCE = 0.999
 """Confidence at which fresh samples must exclude a ratio of one before a model is changed."""
 
 _SHORTEST_MS = 1e-6
-_LARGEST_LOG = math.log(sys.float_info.max)
 """Times are not resolved below a nanosecond; a time of zero counts as this."""
+_LARGEST_LOG = math.log(sys.float_info.max)
 
 Array = npt.NDArray[np.float64]
 
