@@ -285,7 +285,10 @@ def test_training_counts_backward_and_optimizer_and_leaves_the_model_alone():
     assert state_digest(model) == before
     first, last = 2 * 16 * 32 * 32, 2 * 16 * 32 * 4
     assert prediction.flops == 2 * first + 3 * last, "the first layer needs no gradient of its input"
-    assert by_kind(prediction)["optimizer"].time_share > 0
+    optimizer = by_kind(prediction)["optimizer"]
+    assert optimizer.time_share > 0
+    assert optimizer.calls >= 10, "what AdamW does to two parameters"
+    assert optimizer.bytes > 0
     assert sum(share.time_share for share in prediction.shares) == pytest.approx(1.0)
     weights = 4 * (32 * 32 + 32 * 4)
     assert prediction.bytes >= 6 * weights

@@ -44,6 +44,7 @@ class WorkCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         uncounted: Operators of the class `matmul`, `attention` or `convolution` with no formula for their operations.
         looked_up: Bytes read from tensors of which only some rows are read, by storage.
         read_whole: Storages that some operator read whole.
+        section: While it is not empty, all work belongs to this class.
     """
 
     def __init__(self) -> None:
@@ -52,6 +53,7 @@ class WorkCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         self.uncounted: collections.Counter[str] = collections.Counter()
         self.looked_up: collections.Counter[int] = collections.Counter()
         self.read_whole: set[int] = set()
+        self.section = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and add what it did."""
@@ -67,7 +69,7 @@ class WorkCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
             kind = "convolution"
         inputs = _plain_tensors((args, kwargs))
         outputs = _plain_tensors(result)
-        work = self.work[kind]
+        work = self.work[self.section or kind]
         work.calls += 1
         written = sum(map(_bytes, outputs))
         if operator in ("embedding", "index_select", "gather", "index") and inputs:
