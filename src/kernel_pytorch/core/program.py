@@ -29,9 +29,11 @@ __all__ = [
     "clone_call",
     "clone_model",
     "plain_call",
+    "plain_tensors",
     "restore",
     "ship",
     "signatures_of",
+    "state_bytes",
     "state_digest",
 ]
 
@@ -218,16 +220,40 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
+def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return a tensor itself, or the plain tensors inside a wrapper subclass (a quantised weight, say)."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [inner for name in names for inner in plain_tensors(getattr(tensor, name))]
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Return the bytes of parameters and buffers, storage shared by several counted once."""
+    storages = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        for plain in plain_tensors(tensor):
+            if not plain.is_meta and plain.layout is torch.strided:
+                storage = plain.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
 def _checksum(tensor: torch.Tensor) -> tuple[Any, ...]:
+    if hasattr(tensor, "__tensor_flatten__"):
+        inner = plain_tensors(tensor.detach())
+        head: tuple[Any, ...] = (type(tensor).__qualname__, tuple(tensor.shape), str(tensor.dtype))
+        return (*head, *(part for plain in inner for part in _plain_checksum(plain)))
+    return _plain_checksum(tensor)
+
+
+def _plain_checksum(tensor: torch.Tensor) -> tuple[Any, ...]:
     plain = tensor.detach()
     head = (tuple(plain.shape), str(plain.dtype), str(plain.device))
-    if plain.is_sparse or plain.is_quantized or plain.is_meta or plain.numel() == 0:
+    if plain.layout is not torch.strided or plain.is_quantized or plain.is_meta or plain.numel() == 0:
         return head
-    raw = (
-        plain.cpu().contiguous().flatten().view(torch.uint8)
-        if not plain.is_complex()
-        else (torch.view_as_real(plain.cpu().resolve_conj()).contiguous().flatten().view(torch.uint8))
-    )
+    values = torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
+    raw = values.cpu().contiguous().flatten().view(torch.uint8)
     return (*head, zlib.crc32(memoryview(raw.numpy())))
 
 

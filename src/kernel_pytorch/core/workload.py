@@ -28,7 +28,7 @@ class Case:
     """One input shape of a workload.
 
     Attributes:
-        inputs: `inputs(seed: int)`, or `inputs()`, returns example inputs: a tensor (one argument), a tuple (arguments),
+        inputs: `inputs(seed: int)`, or `inputs()`, returns example inputs: a tensor (one argument), a tuple (several),
             a mapping with string keys (keyword arguments), or a `Call`. In training, the batch that `loss` takes.
         weight: Share of the work that this shape stands for, relative to the other cases.
     """

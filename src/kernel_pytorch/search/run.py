@@ -78,10 +78,10 @@ class Search:
         return self.config.budget_s - (time.monotonic() - self.started)
 
     def _reserve(self) -> float:
-        """Return the seconds to keep for the confirmation: what the best candidate's trial took, and its samples."""
+        """Return the seconds to keep: for the next trial and the confirmation, each what a trial has taken so far."""
         best = finalists(self.evidence, self.config.min_gain, most=1)
-        dearest = best[0].seconds if best else 0.0
-        return dearest + _CONFIRM_SHARE * self.config.budget_s
+        confirmation = best[0].seconds if best else 0.0
+        return confirmation + _CONFIRM_SHARE * self.config.budget_s + max(t.seconds for t in self.evidence) / 2
 
     def _try(self, candidate: Candidate, phase: str, pairs: int = 0) -> Trial:
         share = _SCREEN_SHARE if phase == "screen" else _CONFIRM_SHARE
@@ -104,8 +104,14 @@ class Search:
         return trial
 
     def _confirm(self) -> Trial:
-        """Return the first finalist that fresh samples confirm, else the unmodified model."""
-        for finalist in finalists(self.evidence, self.config.min_gain):
+        """Return the first finalist that fresh samples confirm, else the unmodified model.
+
+        The first is confirmed whatever the clock says, the next ones only where a quarter of the budget over it is
+        not yet spent.
+        """
+        for i, finalist in enumerate(finalists(self.evidence, self.config.min_gain)):
+            if i and self._time_left() < -0.25 * self.config.budget_s:
+                break
             done = [t for t in self.evidence if t.phase == "confirm" and t.candidate == finalist.candidate]
             trial = done[0] if done else self._try(finalist.candidate, "confirm", _pairs(finalist))
             if is_confirmed(trial, self.config.min_gain):

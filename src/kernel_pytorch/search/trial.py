@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kernel_pytorch.core.describe import make_optimizer, training_loss
-from kernel_pytorch.core.program import clone_model, ship
+from kernel_pytorch.core.program import clone_model, ship, state_bytes
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import (
     Candidate,
@@ -61,9 +61,7 @@ class TrialRequest:
     level: str = "standard"
 
 
-def run_trial(
-    bench: Bench, request: TrialRequest, make: Callable[[nn.Module], Program] | None = None
-) -> Trial:
+def run_trial(bench: Bench, request: TrialRequest, make: Callable[[nn.Module], Program] | None = None) -> Trial:
     """Try one candidate: apply, judge, then measure beside the unmodified model. Never raises for the candidate.
 
     Args:
@@ -198,7 +196,17 @@ def _measure(bench: Bench, request: TrialRequest, program: Program, shipped: nn.
             stop=stop,
         )
         parts.append((weight, replace(part, ratio=paired_ratio(part.baseline_samples_ms, part.samples_ms))))
-    return weighted(parts)
+    whole = weighted(parts)
+    return replace(
+        whole,
+        peak_bytes=_plus(whole.peak_bytes, state_bytes(shipped)),
+        baseline_peak_bytes=_plus(whole.baseline_peak_bytes, state_bytes(bench.model)),
+    )
+
+
+def _plus(peak_bytes: int | None, held_bytes: int) -> int | None:
+    """Return the peak of a call, which the device counts above what was held, with the weights that were held."""
+    return None if peak_bytes is None else peak_bytes + held_bytes
 
 
 def weighted(parts: Sequence[tuple[float, Measurement]]) -> Measurement:
