@@ -63,14 +63,14 @@ def budgets(
     """
     want = oracle.observed(case)
     exact = [oracle.exact(case, i) for i in indices]
-    own = _merge([compare_values(want.outputs[i], e) for i, e in zip(indices, exact, strict=True)])
+    own = _merge([compare_values(want.outputs[i], e, samples=True) for i, e in zip(indices, exact, strict=True)])
     dtypes = {declared_dtype(s) for s in low}
     costs: list[dict[str, Error]] = []
     if low and None not in dtypes:
         for dtype in dtypes:
             assert dtype is not None
             casts = [oracle.cast(case, i, dtype) for i in indices]
-            costs.append(_merge([compare_values(c, e) for c, e in zip(casts, exact, strict=True) if c is not None]))
+            costs.append(_merge([compare_values(c, e, samples=True) for c, e in zip(casts, exact, strict=True) if c is not None]))
     allowed = {}
     for path, mine in own.items():
         if mine.discrete:
@@ -94,12 +94,12 @@ def precision_checks(
 ) -> tuple[list[Check], float]:
     """Return the checks of a case, the worst of several inputs for each output, and the smallest cosine."""
     exact: list[Flat] = [oracle.exact(case, i) for i in indices]
-    found = _merge([compare_values(got.outputs[i], e) for i, e in zip(indices, exact, strict=True)])
+    found = _merge([compare_values(got.outputs[i], e, samples=True) for i, e in zip(indices, exact, strict=True)])
     checks, cosine = [], 1.0
     for path, error in found.items():
         budget = limits.allowed[path]
         cosine = min(cosine, error.cosine)
-        what = "of the elements differ" if error.discrete else "relative error of the worst row"
+        what = "of the elements differ" if error.discrete else "relative error of the worst sample"
         detail = f"{error.row:.2g} {what}, above {budget:.2g}" if not error.row <= budget else ""
         checks.append(Check(path, Gate.PRECISION, error.row, budget, detail, case))
     return checks, cosine
