@@ -279,7 +279,10 @@ class _Job:
             self._status = None
 
     def wait(self, limit_s: float) -> bool:
-        """Collect log and answer until the job has ended; False if it never started."""
+        """Collect log and answer until the job has ended; False if it never started.
+
+        The job wrote its log before its supervisor answers, and one read empties a pipe: nothing is left behind.
+        """
         assert self._status is not None
         deadline = time.monotonic() + limit_s
         with selectors.DefaultSelector() as selector:
@@ -290,9 +293,6 @@ class _Job:
                     more = self._hear() if key.fileobj is self._status else self._read_log()
                     if not more:
                         selector.unregister(key.fileobj)
-        for _ in range(64):  # what the pipe still holds; not for ever, should a stray process go on writing
-            if not self._read_log():
-                break
         return self.started
 
     def _hear(self) -> bool:
