@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
+
 from kernel_pytorch.core.types import Candidate, Measurement, Mode, Numerics, Ratio, Status, Step, Trial
 from kernel_pytorch.search.propose import Proposals
 from kernel_pytorch.search.strategy import Strategy
@@ -91,3 +93,10 @@ def test_untried_says_the_budget_for_what_was_not_reached():
     reasons = {u.candidate.label: u.reason for u in strategy.untried("the budget of 1 s was spent")}
     assert reasons["half + compile"] == "the budget of 1 s was spent"
     assert "half" not in reasons
+
+
+def test_the_bounds_of_steps_add_as_shares_of_the_time():
+    strategy = Strategy(proposals(), {"layout": 2.0, "compile": 1.25}, 0.02)
+    both = Candidate((Step("layout"), Step("compile")))
+    assert strategy._ceiling(both) == pytest.approx(1 / (1 - 0.5 - 0.2))
+    assert strategy._ceiling(Candidate((Step("layout"), Step("half")))) == float("inf")

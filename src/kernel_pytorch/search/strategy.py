@@ -66,10 +66,10 @@ class Strategy:
         return trial.measurement.ratio.value
 
     def _ceiling(self, candidate: Candidate) -> float:
-        bound = 1.0
-        for step in candidate.steps:
-            bound *= self.ceilings.get(str(step), float("inf"))
-        return min(bound, self.ceilings.get(candidate.label, float("inf")))
+        """Return an upper bound: the shares of the time that the steps can save add up at most."""
+        saved = sum(1.0 - 1.0 / self.ceilings.get(str(step), float("inf")) for step in candidate.steps)
+        together = 1.0 / (1.0 - saved) if saved < 1.0 else float("inf")
+        return min(together, self.ceilings.get(candidate.label, float("inf")))
 
     def _hopeless(self, candidate: Candidate) -> str:
         for step in candidate.steps:

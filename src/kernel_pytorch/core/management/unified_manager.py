@@ -9,24 +9,24 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kernel_pytorch.catalog import TRANSFORMS
-from kernel_pytorch.core.describe import check_model, describe
-from kernel_pytorch.plan.apply import apply
-from kernel_pytorch.search.predict import predict
 from torch import nn
 
 import kernel_pytorch
 from kernel_pytorch.backends import manager_for
+from kernel_pytorch.catalog import TRANSFORMS
 from kernel_pytorch.core.config import KernelPyTorchConfig
+from kernel_pytorch.core.describe import check_model, describe
 from kernel_pytorch.core.program import clone_model, state_digest
 from kernel_pytorch.core.protocols import HardwareManager, Transform
 from kernel_pytorch.core.types import Event, Listener, Plan, Prediction, WorkloadSpec
 from kernel_pytorch.core.workload import Call, Workload
 from kernel_pytorch.errors import ModelError
+from kernel_pytorch.plan.apply import apply
 from kernel_pytorch.plan.store import SearchDirectory
 from kernel_pytorch.report.html import write_html
 from kernel_pytorch.search.bench import Bench, prepare_bench
 from kernel_pytorch.search.jobs import Jobs
+from kernel_pytorch.search.predict import predict
 from kernel_pytorch.search.propose import Proposals, propose
 from kernel_pytorch.search.run import Search
 
