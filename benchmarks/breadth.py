@@ -14,6 +14,7 @@ import concurrent.futures
 import datetime as dt
 import json
 import os
+import queue
 import random
 import subprocess
 import sys
@@ -29,12 +30,22 @@ from kernel_pytorch.plan.store import load_plan
 HERE = Path(__file__).resolve().parent
 
 
-def search(name: str, budget_s: float, exclude: list[str]) -> dict[str, Any]:
-    """Run one search as a user would, and return its row."""
+def search(name: str, budget_s: float, exclude: list[str], slots: queue.Queue[str]) -> dict[str, Any]:
+    """Run one search as a user would, on cores of its own where several run at a time, and return its row."""
+    cores = slots.get()
+    try:
+        return search_on(cores, name, budget_s, exclude)
+    finally:
+        slots.put(cores)
+
+
+def search_on(cores: str, name: str, budget_s: float, exclude: list[str]) -> dict[str, Any]:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="breadth-") as directory:
         command = [sys.executable, "-m", "kernel_pytorch", "optimize", f"{HERE / 'architectures.py'}:{name}"]
         command += ["--budget", str(budget_s), "-o", directory, "--format", "json"]
+        if cores:
+            command = ["taskset", "--cpu-list", cores, *command]
         for transform in exclude:
             command += ["--exclude", transform]
         try:
@@ -88,7 +99,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, help="only so many architectures, others on another day")
     parser.add_argument("--only", nargs="*", help="architectures by name")
     parser.add_argument("--exclude", nargs="*", default=[], help="transforms not to try")
-    parser.add_argument("--jobs", type=int, default=1, help="searches at a time; more than one spoils the speed-ups")
+    parser.add_argument("--jobs", type=int, default=1, help="searches at a time, each on its share of the cores")
     args = parser.parse_args()
     names = args.only or list(ARCHITECTURES)
     if args.sample:
@@ -97,8 +108,12 @@ def main() -> int:
         names = [shuffled[(day * args.sample + i) % len(names)] for i in range(min(args.sample, len(names)))]
     old = json.loads(args.output.read_text())["rows"] if args.output and args.output.exists() else []
     rows = {r["name"]: r for r in old if r["status"] == "plan"}
+    slots: queue.Queue[str] = queue.Queue()
+    share = max(1, (os.cpu_count() or 1) // args.jobs)
+    for i in range(args.jobs):
+        slots.put(f"{i * share}-{(i + 1) * share - 1}" if args.jobs > 1 else "")
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        pending = {pool.submit(search, n, args.budget, args.exclude): n for n in names if n not in rows}
+        pending = {pool.submit(search, n, args.budget, args.exclude, slots): n for n in names if n not in rows}
         for future in concurrent.futures.as_completed(pending):
             row = future.result()
             rows[row["name"]] = row
@@ -110,7 +125,7 @@ def main() -> int:
             if args.output:
                 args.output.parent.mkdir(parents=True, exist_ok=True)
                 ordered = [rows[n] for n in ARCHITECTURES if n in rows]
-                facts = {"budget_s": args.budget, "jobs": args.jobs, "cores": os.cpu_count(), "excluded": args.exclude}
+                facts = {"budget_s": args.budget, "jobs": args.jobs, "cores_a_search": share, "excluded": args.exclude}
                 text = json.dumps({"summary": summary(ordered), **facts, "rows": ordered}, indent=1)
                 args.output.write_text(text + "\n")
     chosen = [rows[n] for n in names]
