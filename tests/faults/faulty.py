@@ -24,7 +24,8 @@ from .damage import SIZES
 
 INFERENCE, TRAINING = frozenset({Mode.INFERENCE}), frozenset({Mode.TRAINING})
 BOTH = INFERENCE | TRAINING
-NUMBERS = ((Gate.STRUCTURE, r"output|loss|grad|buffer"),)
+C, S, K, P, T = Gate.CONTRACT, Gate.STRUCTURE, Gate.KERNEL, Gate.PRECISION, Gate.TRAINING
+NUMBERS = ((S, r"output|loss|grad|buffer"), (C, r"buffer"))
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,6 @@ class Faulty:
         return f"# fault: {self.summary}"
 
 
-C, S, K, P, T = Gate.CONTRACT, Gate.STRUCTURE, Gate.KERNEL, Gate.PRECISION, Gate.TRAINING
 WHOLE = ("tensor",)
 
 FAULTS: tuple[Faulty, ...] = (
@@ -96,11 +96,12 @@ FAULTS: tuple[Faulty, ...] = (
     Faulty("mode_left", "eval and train mode left flipped", state.mode_left, ((C, "mode"),), ("tensor", "channel"),
            numerics=Numerics.EXACT),
     Faulty("mode_inside", "eval and train mode flipped during the call", state.mode_inside,
-           ((C, "mode|random|dropout|buffer|rng"), *NUMBERS), ("tensor", "channel"), numerics=Numerics.EXACT),
+           ((C, "mode|random|dropout|state|rng"), (P, "output"), *NUMBERS), ("tensor", "channel"),
+           numerics=Numerics.EXACT),
     Faulty("rng_fixed", "random numbers made deterministic", state.rng_fixed,
-           ((C, "random|rng|dropout|seed"),), ("tensor", "channel"), outermost=True),
+           ((C, "random|rng|dropout|seed"), (S, "output"), (P, "output")), ("tensor", "channel"), outermost=True),
     Faulty("buffer_stale", "BatchNorm statistics no longer updated", state.buffer_stale,
-           ((C, "buffer"), (S, "buffer")), modes=TRAINING),
+           ((C, "buffer|state"), (S, "buffer")), modes=TRAINING),
     Faulty("input_mutated", "an input mutated in place", calls.input_mutated, ((C, "input"),), modes=INFERENCE,
            outermost=True),
     Faulty("untied", "tied weights untied", state.untied, ((C, "tie"),), WHOLE, numerics=Numerics.EXACT),

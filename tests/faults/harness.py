@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -14,9 +15,10 @@ from kernel_pytorch.backends import manager_for
 from kernel_pytorch.catalog import TRANSFORMS
 from kernel_pytorch.core.config import KernelPyTorchConfig
 from kernel_pytorch.core.protocols import Transform
-from kernel_pytorch.core.types import Candidate, Check, Mode, Status, Step, Trial
+from kernel_pytorch.core.types import Candidate, Check, Measurement, Mode, Ratio, Status, Step, Trial
+from kernel_pytorch.search import trial
 from kernel_pytorch.search.bench import Bench, prepare_bench
-from kernel_pytorch.search.trial import TrialRequest, run_trial
+from kernel_pytorch.search.trial import TrialRequest
 
 from .faulty import BY_NAME, FAULTS, Faulty
 from .models import MODELS
@@ -84,39 +86,46 @@ def attempts(
     ]
 
 
-def try_out(attempt: Attempt, memo_dir: Path | None = None, *, level: str = "standard") -> Trial:
-    """Run one cell as a search would, without the timing that would follow where it passes."""
+def try_untimed(bench: Bench, request: TrialRequest) -> Trial:
+    """Run a trial as a search would, without the timing that would follow where it passes."""
     torch._dynamo.reset()
+    untimed = Measurement((1.0,), (1.0,), Ratio(1.0, 1.0, 1.0))
+    with mock.patch.object(trial, "_measure", return_value=untimed):
+        return trial.run_trial(bench, request)
+
+
+def try_out(attempt: Attempt, memo_dir: Path | None = None, *, level: str = "standard") -> Trial:
+    """Run one cell."""
     bench = bench_for(attempt.model, attempt.mode)
     memo = str(memo_dir) if memo_dir is not None else ""
-    return run_trial(bench, TrialRequest(attempt.candidate, seconds=0.05, level=level, memo_dir=memo))
+    return try_untimed(bench, TrialRequest(attempt.candidate, level=level, memo_dir=memo))
 
 
-def applies(trial: Trial) -> bool:
+def applies(outcome: Trial) -> bool:
     """Return whether the fault found something to strike."""
-    return not (trial.status is Status.FAILED and trial.reason.startswith("CandidateError"))
+    return not (outcome.status is Status.FAILED and outcome.reason.startswith("CandidateError"))
 
 
-def failed_checks(trial: Trial) -> list[Check]:
+def failed_checks(outcome: Trial) -> list[Check]:
     """Return the checks that did not pass, first gate first."""
-    return [c for c in trial.numerics.checks if not c.passed] if trial.numerics else []
+    return [c for c in outcome.numerics.checks if not c.passed] if outcome.numerics else []
 
 
-def reason_matches(fault: Faulty, trial: Trial) -> bool:
+def reason_matches(fault: Faulty, outcome: Trial) -> bool:
     """Return whether a failed check is of a gate and of a kind that this fault must be rejected for."""
-    if trial.status is Status.FAILED:
-        return any(re.search(pattern, trial.reason, re.IGNORECASE) for gate, pattern in fault.expected if pattern)
+    if outcome.status is Status.FAILED:
+        return any(re.search(pattern, outcome.reason, re.IGNORECASE) for gate, pattern in fault.expected if pattern)
     return any(
         check.gate is gate and re.search(pattern, check.name)
-        for check in failed_checks(trial)
+        for check in failed_checks(outcome)
         for gate, pattern in fault.expected
     )
 
 
-def row_of(attempt: Attempt, trial: Trial) -> dict[str, Any]:
+def row_of(attempt: Attempt, outcome: Trial) -> dict[str, Any]:
     """Return a row of the artefact."""
     fault = BY_NAME[attempt.fault]
-    worst = next(iter(sorted(failed_checks(trial), key=lambda c: list(type(c.gate)).index(c.gate))), None)
+    worst = next(iter(sorted(failed_checks(outcome), key=lambda c: list(type(c.gate)).index(c.gate))), None)
     return {
         "key": attempt.key,
         "fault": attempt.fault,
@@ -124,15 +133,15 @@ def row_of(attempt: Attempt, trial: Trial) -> dict[str, Any]:
         "model": attempt.model,
         "mode": attempt.mode.value,
         "combination": attempt.combination,
-        "status": trial.status.value,
-        "detected": trial.status is not Status.OK,
+        "status": outcome.status.value,
+        "detected": outcome.status is not Status.OK,
         "expected_reason": " or ".join(f"{gate.value}: {pattern or 'any'}" for gate, pattern in fault.expected),
-        "reason_matched": trial.status is not Status.OK and reason_matches(fault, trial),
+        "reason_matched": outcome.status is not Status.OK and reason_matches(fault, outcome),
         "gate": worst.gate.value if worst else "",
         "check": worst.name if worst else "",
-        "detail": (worst.detail if worst else trial.reason)[:200],
+        "detail": (worst.detail if worst else outcome.reason)[:200],
         "case": worst.case if worst else "",
         "error": worst.error if worst else None,
         "budget": worst.budget if worst else None,
-        "seconds": round(trial.seconds, 2),
+        "seconds": round(outcome.seconds, 2),
     }

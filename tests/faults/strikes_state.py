@@ -15,7 +15,7 @@ from .damage import around, blend, channel_dim, kind, modules_of, on_output
 
 
 def _mode_matters(_: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Dropout | nn.BatchNorm2d) and getattr(module, "p", 1.0) > 0
+    return isinstance(module, nn.Dropout | nn.BatchNorm2d)
 
 
 def _flippable(program: Program, size: str) -> list[nn.Module]:
@@ -45,7 +45,7 @@ def rng_fixed(program: Program, size: str) -> None:
     if size == "tensor":
         draws = [m for m in program.model.modules() if kind(m) == "Variational"]
         if program.mode is Mode.TRAINING:
-            draws += [m for m in program.model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+            draws += [m for m in program.model.modules() if isinstance(m, nn.Dropout)]
         if not draws:
             raise CandidateError("the model draws no random numbers in this mode")
 
@@ -58,7 +58,7 @@ def rng_fixed(program: Program, size: str) -> None:
         return
     if program.mode is not Mode.TRAINING:
         raise CandidateError("no dropout is active in inference")
-    module = modules_of(program.model, lambda _, m: isinstance(m, nn.Dropout) and m.p > 0)[-1]
+    module = modules_of(program.model, lambda _, m: isinstance(m, nn.Dropout))[-1]
 
     def fixed(module: nn.Dropout, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         numbers = torch.rand(args[0].shape, generator=torch.Generator().manual_seed(1234))
