@@ -352,3 +352,126 @@ def test_as_workload_of_a_model_in_memory_is_left_alone():
     assert report.passed
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert model._compiled_call_impl is None
+
+
+def lm_loss(model, batch):
+    return F.cross_entropy(model(batch).flatten(0, 1), batch.flatten())
+
+
+def mlp_loss(model, batch):
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+TRAINING = {
+    "tied": Workload(model=TiedLM, inputs=MODELS["tied"][1], loss=lm_loss),
+    "conv": Workload(
+        model=ConvNet,
+        inputs=lambda seed: (torch.randn(4, 3, 8, 8), torch.randint(0, 5, (4,))),
+        loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+    ),
+    "mlp": Workload(model=DropoutMLP, inputs=lambda seed: (torch.randn(8, 10), torch.randn(8, 3)), loss=mlp_loss),
+}
+
+
+def autocast() -> Change:
+    def do(program):
+        inner = program.call
+
+        def call(*args, **kwargs):
+            with torch.autocast("cpu", torch.bfloat16):
+                return inner(*args, **kwargs).float()
+
+        program.call = call
+
+    return Change("dtype", do, "bfloat16")
+
+
+@pytest.mark.parametrize("name", sorted(TRAINING))
+@pytest.mark.parametrize("make", [nothing, autocast])
+def test_training_a_faithful_step_passes(name, make):
+    report = judged("", make(), workload=TRAINING[name], mode=Mode.TRAINING, max_error=0.1)
+    assert report.passed, report.worst
+    assert any(c.name == "loss curve" for c in report.checks)
+    assert any(c.name.startswith("grad ") and c.gate is Gate.TRAINING for c in report.checks)
+
+
+class _WrongBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.01
+
+
+def test_a_wrong_gradient_behind_a_correct_forward_is_found():
+    def wrong(program):
+        mix = program.model.mix
+        inner = mix.forward
+        mix.forward = lambda x: _WrongBackward.apply(inner(x))
+
+    for extra in ([], [autocast()]):
+        steps = [Change("wrong", wrong), *extra]
+        report = judged("", *steps, workload=TRAINING["tied"], mode=Mode.TRAINING, max_error=0.1)
+        assert gate_of(report) is Gate.STRUCTURE
+        assert report.worst.name.startswith("grad")
+
+
+def test_deterministic_dropout_and_another_rate_are_found():
+    def fixed(program):
+        drop = program.model.net[2]
+        drop.forward = lambda x: x * (torch.arange(x.shape[-1]) % 5 > 0) / 0.8
+
+    def rate(program):
+        program.model.net[2].p = 0.5
+
+    def off(program):
+        program.model.net[2] = nn.Identity()
+
+    for name, do in (("fixed", fixed), ("rate", rate), ("off", off)):
+        report = judged("", Change(name, do), workload=TRAINING["mlp"], mode=Mode.TRAINING)
+        assert gate_of(report) is Gate.CONTRACT, name
+        assert report.worst.name.startswith("random"), name
+
+
+def test_statistics_that_are_no_longer_updated_are_found():
+    def frozen(program):
+        bn = program.model.bn1
+        bn.forward = lambda x: F.batch_norm(x, None, None, bn.weight, bn.bias, training=True, eps=bn.eps)
+
+    report = judged("", Change("frozen", frozen), workload=TRAINING["conv"], mode=Mode.TRAINING)
+    assert gate_of(report) is Gate.CONTRACT
+    assert "bn1" in report.worst.name
+
+
+def test_an_optimizer_that_drifts_over_the_steps_is_found():
+    class Drifting(torch.optim.AdamW):
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                group["lr"] *= 1.2
+
+    def drift(program):
+        program.optimizer = Drifting(program.model.parameters(), lr=1e-3)
+
+    report = judged("", Change("drift", drift), workload=TRAINING["tied"], mode=Mode.TRAINING)
+    assert gate_of(report) is Gate.TRAINING
+    assert report.worst.name == "loss curve"
+
+
+def test_the_users_own_accuracy_is_the_budget_where_given():
+    def agreement(model):
+        torch.manual_seed(3)
+        x = torch.randn(64, 10)
+        return float((model(x).argmax(-1) == 1).float().mean())
+
+    worse = wrap("worse", lambda inner: lambda x: inner(x) + torch.tensor([0.0, -0.05, 0.0]))
+    worse.low = "int8"
+    for tolerance, passes in ((1.0, True), (0.0, False)):
+        workload = Workload(
+            model=DropoutMLP, inputs=lambda seed: torch.randn(6, 10), evaluate=agreement, evaluate_tolerance=tolerance
+        )
+        report = judged("", worse, workload=workload)
+        assert report.passed is passes
+        assert [c.passed for c in report.checks if c.name == "evaluate"] == [passes]

@@ -9,16 +9,26 @@ from __future__ import annotations
 
 import math
 
-from kernel_pytorch.core.program import clone_call
-from kernel_pytorch.core.types import Check, Gate, NumericsReport, Step
+import torch
+from torch import nn
+
+from kernel_pytorch.core.program import clone_call, clone_model
+from kernel_pytorch.core.types import Check, Gate, Mode, NumericsReport, Step
 from kernel_pytorch.validation.contract import module_checks, sequence_checks
+from kernel_pytorch.validation.kernel import kernel_checks
 from kernel_pytorch.validation.oracle import Oracle
-from kernel_pytorch.validation.precision import budgets, precision_checks
-from kernel_pytorch.validation.recompile import compiled_frames, keeps_recompiling
+from kernel_pytorch.validation.precision import Budgets, budgets, precision_checks
+from kernel_pytorch.validation.randomness import draws, randomness_checks
+from kernel_pytorch.validation.recompile import compiled_frames, fail_on_recompile_limit, keeps_recompiling
 from kernel_pytorch.validation.structure import structure
-from kernel_pytorch.validation.subject import Memo, Observed, Subject, attempt, observe, run
+from kernel_pytorch.validation.subject import Memo, Observed, Subject, attempt, observe, run, seeded
+from kernel_pytorch.validation.training import training_checks
 
 __all__ = ["Subject", "judge"]
+
+
+_EVALUATED = 0.5
+"""What an output may differ by where the user's own accuracy is the budget: more than rounding, less than noise."""
 
 
 class _Report:
@@ -56,20 +66,27 @@ def judge(subject: Subject, *, level: str = "standard") -> NumericsReport:
     if level not in ("quick", "standard", "strict"):
         raise ValueError(f"level must be quick, standard or strict, got {level!r}")
     report = _Report()
-    memo = Memo(subject.memo_dir)
     config = subject.config
     oracle = Oracle(
-        subject.workload, subject.reference, config.mode, subject.place, memo, seed=config.seed, level=level
-    )
+        subject.workload, subject.reference, config.mode, subject.place, Memo(subject.memo_dir),
+        seed=config.seed, level=level,
+    )  # fmt: skip
     low = [s for s in subject.candidate.steps if not subject.structural(s)]
-    seen = _contract(subject, oracle, report, exact=not low)
+    with fail_on_recompile_limit():
+        seen = _contract(subject, oracle, report, exact=not low)
     if not report.failed and level != "quick":
         verdict = structure(subject, oracle, level)
         report.checks += verdict.checks
         report.unchecked += verdict.unchecked
         report.diverged_at = verdict.diverged_at
+    first = next(iter(subject.workload.cases))
+    if not report.failed and level != "quick" and low:
+        report.checks += kernel_checks(subject.program.model, subject.reference, oracle.call(first, 0), config.mode)
     if not report.failed:
         _precision(subject, oracle, report, seen, low)
+    if not report.failed and config.mode is Mode.TRAINING:
+        with fail_on_recompile_limit():
+            report.checks += training_checks(subject, oracle, level, low, drew=oracle.observed(first).drew)
     report.unchecked += oracle.unchecked
     return report.done()
 
@@ -102,6 +119,8 @@ def _contract(subject: Subject, oracle: Oracle, report: _Report, *, exact: bool)
         report.checks += sequence_checks(
             seen[case], want, case, repeats=repeats, tolerance=1e-4 if exact else config.max_error, noise=noise
         )
+        if want.drew and not report.failed:
+            _randomness(subject, oracle, report, case)
     return seen
 
 
@@ -113,16 +132,52 @@ def _settles(subject: Subject, oracle: Oracle, case: str) -> Check:
     return Check("recompiles", Gate.CONTRACT, math.inf if detail else 0.0, 0.0, detail, case)
 
 
+def _randomness(subject: Subject, oracle: Oracle, report: _Report, case: str) -> None:
+    call, seed = oracle.calls(case)[0]
+    mode = subject.config.mode
+    want = oracle.memo.get(
+        f"draws {oracle.identity} {case} {seed}", lambda: draws(clone_model(subject.reference), call, mode, seed)
+    )
+    got, error = attempt(lambda: draws(subject.program.model, call, mode, seed + 1))
+    if error:
+        report.checks.append(Check("randomness", Gate.CONTRACT, math.inf, 0.0, error, case))
+        return
+    report.checks += randomness_checks(got, want, case, tolerance=subject.config.max_error)
+
+
 def _precision(
     subject: Subject, oracle: Oracle, report: _Report, seen: dict[str, Observed], low: list[Step]
 ) -> None:
+    evaluated = subject.workload.evaluate is not None
     for case, got in seen.items():
+        if oracle.observed(case).drew:
+            report.unchecked.append(f"{case}: single outputs, for the model draws random numbers; moments are compared")
+            continue
         distinct, _ = _indices(oracle, case)
-        limits = budgets(
-            oracle, case, distinct, low, max_error=subject.config.max_error, noise=report.noise
-        )
+        limits = budgets(oracle, case, distinct, low, max_error=subject.config.max_error, noise=report.noise)
+        if evaluated:
+            limits = Budgets({k: max(v, _EVALUATED) for k, v in limits.allowed.items()}, limits.own)
         checks, cosine = precision_checks(got, oracle, case, distinct, limits)
         report.checks += checks
         report.cosine = min(report.cosine, cosine)
+    if evaluated:
+        report.checks.append(_evaluation(subject, oracle))
 
 
+def _evaluation(subject: Subject, oracle: Oracle) -> Check:
+    """Return how much of the user's own accuracy is lost."""
+    workload = subject.workload
+    assert workload.evaluate is not None
+    evaluate = workload.evaluate
+
+    def score(model: nn.Module) -> float:
+        with seeded(subject.config.seed), torch.set_grad_enabled(subject.config.mode is Mode.TRAINING):
+            return float(evaluate(model))
+
+    want = oracle.memo.get(f"evaluate {oracle.identity}", lambda: score(clone_model(subject.reference)))
+    got, error = attempt(lambda: score(subject.program.model))
+    if error:
+        return Check("evaluate", Gate.PRECISION, math.inf, workload.evaluate_tolerance, f"raises {error}")
+    lost = max(0.0, want - got) if math.isfinite(got) else math.inf
+    detail = f"{got:g} of {want:g}" if lost > workload.evaluate_tolerance else ""
+    return Check("evaluate", Gate.PRECISION, lost, workload.evaluate_tolerance, detail)

@@ -70,7 +70,8 @@ def budgets(
         for dtype in dtypes:
             assert dtype is not None
             casts = [oracle.cast(case, i, dtype) for i in indices]
-            costs.append(_merge([compare_values(c, e, samples=True) for c, e in zip(casts, exact, strict=True) if c is not None]))
+            pairs = [(c, e) for c, e in zip(casts, exact, strict=True) if c is not None]
+            costs.append(_merge([compare_values(c, e, samples=True) for c, e in pairs]))
     allowed = {}
     for path, mine in own.items():
         if mine.discrete:
