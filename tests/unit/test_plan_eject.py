@@ -21,6 +21,8 @@ from kernel_pytorch.hardware import detect
 from kernel_pytorch.plan.apply import apply, prepare
 from kernel_pytorch.plan.eject import eject
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method.:DeprecationWarning")
+
 SOURCE = """
     import torch
     from torch import nn

@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        code = kpt.main(given, prog_name="kpt", standalone_mode=False)
+        with kpt.make_context("kpt", given) as context:
+            code = kpt.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as stop:
         return stop.exit_code
