@@ -39,7 +39,11 @@ CPU = DeviceSpec(
     software={},
 )
 GPU = dataclasses.replace(
-    CPU, vendor="nvidia", arch="sm_90", features=("cxx_compiler", "tf32"), peak_flops={"float32": 6e13, "bfloat16": 9e14}
+    CPU,
+    vendor="nvidia",
+    arch="sm_90",
+    features=("cxx_compiler", "tf32"),
+    peak_flops={"float32": 6e13, "bfloat16": 9e14},
 )
 BERT = WorkloadSpec(
     name="bert",

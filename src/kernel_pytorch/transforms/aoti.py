@@ -11,8 +11,10 @@ import functools
 import hashlib
 import json
 import logging
+import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,9 +149,8 @@ class Aoti:
         refuse_untraceable(program, step)
         directory = program.artifact_dir
         if directory is None:
-            holder = tempfile.TemporaryDirectory(prefix="kernel-pytorch-")
-            program.holds.append(holder)
-            directory = Path(holder.name)
+            directory = Path(tempfile.mkdtemp(prefix="kernel-pytorch-"))
+            weakref.finalize(program.model, shutil.rmtree, directory, ignore_errors=True)
         directory.mkdir(parents=True, exist_ok=True)
         identity = _identity(program)
 
