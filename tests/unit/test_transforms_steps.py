@@ -1,4 +1,4 @@
-"""What holds for every step: it undoes bit by bit, leaves no setting behind, keeps the contract, and ejects the same."""
+"""What holds for every step: undone bit by bit, no setting left behind, the contract kept, the same when ejected."""
 
 from __future__ import annotations
 

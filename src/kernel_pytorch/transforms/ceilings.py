@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import inf
 
 from kernel_pytorch.core.types import DeviceSpec, OperatorShare, Prediction
 
-__all__ = ["COMPUTE", "FUSIBLE", "bounded", "measured_dtype", "rate", "roofline"]
+__all__ = ["COMPUTE", "FUSIBLE", "bounded", "rate", "roofline"]
 
 COMPUTE = frozenset({"matmul", "convolution", "attention"})
 FUSIBLE = frozenset({"elementwise", "normalization", "reduction", "copy", "embedding", "other", "overhead"})
@@ -34,11 +34,6 @@ def bounded(prediction: Prediction, remaining: Mapping[str, float]) -> float:
 def rate(device: DeviceSpec, dtype: str) -> float:
     """Return the peak rate of a dtype in FLOP/s; 0.0 where it is unknown."""
     return float(device.peak_flops.get(dtype, 0.0))
-
-
-def measured_dtype(device: DeviceSpec, dtypes: Iterable[str]) -> str:
-    """Return the first dtype whose peak rate is known, else `float32`."""
-    return next((d for d in dtypes if rate(device, d)), "float32")
 
 
 def roofline(share: OperatorShare, prediction: Prediction, device: DeviceSpec, dtype: str) -> float:
