@@ -475,3 +475,40 @@ def test_the_users_own_accuracy_is_the_budget_where_given():
         report = judged("", worse, workload=workload)
         assert report.passed is passes
         assert [c.passed for c in report.checks if c.name == "evaluate"] == [passes]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_quantised_linear_is_checked_on_its_own_operands():
+    quantization = pytest.importorskip("torchao.quantization")
+    from kernel_pytorch.validation.kernel import kernel_checks
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+        def forward(self, x):
+            return self.down(F.relu(self.up(x)))
+
+    reference = Wide().eval()
+    call = Workload(model=Wide, inputs=lambda seed: torch.randn(8, 64)).call("main", 0)
+    for config in (
+        quantization.Int8WeightOnlyConfig(), quantization.Int8DynamicActivationInt8WeightConfig(),
+    ):
+        good = clone_model(reference)
+        quantization.quantize_(good, config)
+        checks = kernel_checks(good, reference, call, Mode.INFERENCE)
+        assert {c.name for c in checks} == {"up.weight", "up", "down.weight", "down"}
+        assert all(c.passed for c in checks), checks
+        swapped = clone_model(reference)
+        with torch.no_grad():
+            swapped.up.weight[3] *= 1.1
+        quantization.quantize_(swapped, config)
+        bad = [c for c in kernel_checks(swapped, reference, call, Mode.INFERENCE) if not c.passed]
+        assert [c.name for c in bad] == ["up.weight"]
+        assert bad[0].gate is Gate.KERNEL
+        dropped = clone_model(good)
+        dropped.up.bias = None
+        bad = [c for c in kernel_checks(dropped, reference, call, Mode.INFERENCE) if not c.passed]
+        assert "up" in {c.name for c in bad}
