@@ -101,7 +101,7 @@ def test_optimize_explain_apply_and_eject_in_one_go(kpt, files):
     done = kpt(*asked.split())
     assert done.code == 0, done.err
     told = json.loads(done.out)
-    assert {t["candidate"] for t in told["trials"]} >= {"unmodified", "dtype(cast, bfloat16)"} or told["untried"]
+    assert {t["candidate"] for t in told["trials"]} >= {"unmodified", "dtype(how=cast, to=bfloat16)"} or told["untried"]
     explained = kpt("explain", "out", "--format", "json")
     assert explained.code == 0
     again = json.loads(explained.out)
