@@ -445,6 +445,16 @@ def test_statistics_that_are_no_longer_updated_are_found():
     assert "bn1" in report.worst.name
 
 
+def test_statistics_of_a_candidate_that_was_called_before_start_from_the_references():
+    def called(program):
+        with torch.no_grad():
+            program.model(torch.randn(4, 3, 8, 8) * 5 + 3)
+
+    report = judged("", Change("called", called), workload=TRAINING["conv"], mode=Mode.TRAINING, level="quick")
+    assert [c for c in report.checks if c.name.startswith("buffer")]
+    assert report.passed, report.worst
+
+
 def test_an_optimizer_that_drifts_over_the_steps_is_found():
     class Drifting(torch.optim.AdamW):
         def step(self, closure=None):

@@ -52,7 +52,8 @@ def _check_linear(name: str, site: nn.Module, plain: nn.Module, x: torch.Tensor)
     bias = plain.bias
     want = x.double() @ weight.T + (0 if bias is None else bias.double())
     off = tensor_error(y, want, samples=True).row
-    checks.append(_named(name, off, _OUTPUT_BUDGET, f"is {off:.2g} from fp64 on its own quantised weight and the reference's bias"))
+    detail = f"is {off:.2g} from fp64 on its own quantised weight and the reference's bias"
+    checks.append(_named(name, off, _OUTPUT_BUDGET, detail))
     return checks
 
 
