@@ -29,6 +29,7 @@ __all__ = [
     "CONFIRM_CONFIDENCE",
     "SCREEN_CONFIDENCE",
     "cannot_win",
+    "cautious",
     "confirm_pairs",
     "confirmed",
     "is_win",
@@ -135,6 +136,11 @@ def is_win(ratio: Ratio, min_gain: float) -> bool:
 def cannot_win(ratio: Ratio, min_gain: float) -> bool:
     """Return whether the interval excludes a gain of `min_gain`: more samples are not worth their time."""
     return ratio.high < 1.0 + min_gain
+
+
+def cautious(ratio: Ratio) -> float:
+    """Return the geometric mean of a ratio and its lower bound: what ranks candidates, so that noise wins no search."""
+    return math.sqrt(ratio.value * max(ratio.low, 0.0))
 
 
 def tied(a: Ratio, b: Ratio) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kernel_pytorch.core.types import Candidate, Ratio, Status, Trial
-from kernel_pytorch.measure.stats import confirmed
+from kernel_pytorch.measure.stats import cautious, confirmed
 
 __all__ = ["TIE", "finalists", "is_confirmed", "why_not"]
 
@@ -29,9 +29,9 @@ def finalists(trials: Iterable[Trial], min_gain: float, most: int = 3) -> list[T
     ]
     order: list[Trial] = []
     while pool and len(order) < most:
-        top = max(_ratio(t).value for t in pool)
-        tied = [t for t in pool if _ratio(t).value >= TIE * top]
-        first = min(tied, key=lambda t: (len(t.candidate.steps), -_ratio(t).value))
+        top = max(cautious(_ratio(t)) for t in pool)
+        tied = [t for t in pool if cautious(_ratio(t)) >= TIE * top]
+        first = min(tied, key=lambda t: (len(t.candidate.steps), -cautious(_ratio(t))))
         order.append(first)
         pool.remove(first)
     return order

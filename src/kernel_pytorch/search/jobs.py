@@ -7,7 +7,6 @@ says so.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from pydantic import TypeAdapter
 
 from kernel_pytorch.backends import manager_for
@@ -148,7 +148,13 @@ def _run(
 
 
 def _preload() -> tuple[str, ...]:
-    """Return what this process has imported and a worker will need, so that workers start warm."""
+    """Return what this process has imported and a worker will need, so that workers start warm.
+
+    Where there is a GPU, only what is known not to touch it: a process that used one cannot fork.
+    """
+    ours = "kernel_pytorch.search.jobs"
+    if torch.cuda.is_available():
+        return ("torch", "numpy", ours)
     loaded = [
         name
         for name, module in list(sys.modules.items())
@@ -156,5 +162,4 @@ def _preload() -> tuple[str, ...]:
         and getattr(module, "__spec__", None) is not None
         and getattr(module.__spec__, "origin", None) not in (None, "built-in")
     ]
-    ours = [n for n in ("kernel_pytorch.search.jobs",) if importlib.util.find_spec(n)]
-    return (*loaded, *ours)
+    return (*loaded, ours)

@@ -95,13 +95,20 @@ class Search:
         )
         deadline = self.config.trial_timeout_s
         if phase == "screen":
-            deadline = min(deadline, max(self._time_left(), 10.0))
+            deadline = min(deadline, max(self._time_left(), 10.0), self._patience(candidate))
         self._tell("trial_started", f"{phase} {candidate.label}", candidate=candidate)
         trial = self.jobs.run(request, timeout_s=deadline)
         self.evidence.append(trial)
         self.journal(trial)
         self._tell("trial_finished", candidate.label, trial=trial, candidate=candidate)
         return trial
+
+    def _patience(self, candidate: Candidate) -> float:
+        """Return the seconds that a candidate without compilation may take: several times the unmodified model's."""
+        plain = next((t.seconds for t in self.evidence if not t.candidate.steps and t.phase == "screen"), None)
+        if plain is None or any(self.proposals.transform_of(s).compiles for s in candidate.steps):
+            return float("inf")
+        return 10.0 + 3.0 * plain
 
     def _confirm(self) -> Trial:
         """Return the first finalist that fresh samples confirm, else the unmodified model.

@@ -1,9 +1,10 @@
 """Which candidate to try next: cheap single steps first, then compilation on top of what won, then the rest.
 
-Compilation is dear and timing is cheap, so every step that needs no compiler is tried alone first, highest upper
-bound first. Then the compile steps are tried on the best of those, then the remaining winners are added to the best
-candidate so far, then runners-up. A candidate whose upper bound cannot reach the smallest gain, that contains a step
-that was wrong alone, or that has been tried, is not tried.
+Compilation is dear and timing is cheap, so the most promising step of each group that needs no compiler is tried alone
+first. Then the first compile steps are tried on the best of those, then the other cheap steps, then all compile steps
+on the best, then the remaining winners are added to the best candidate so far, then runners-up. A candidate whose
+upper bound cannot reach the smallest gain, that contains a step that was wrong alone, or that has been tried, is not
+tried.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from kernel_pytorch.core.types import Candidate, Status, Step, Trial, Untried
+from kernel_pytorch.measure.stats import cautious
 from kernel_pytorch.search.propose import Proposals
 
 __all__ = ["Strategy"]
@@ -57,13 +59,13 @@ class Strategy:
         return tuple(Untried(c, why) for c, why in rest.items())
 
     def gain(self, candidate: Candidate) -> float:
-        """Return the measured speed-up of a candidate; 1.0 for the unmodified model, 0.0 where it is not `ok`."""
+        """Return how fast a candidate is for certain; 1.0 for the unmodified model, 0.0 where it is not `ok`."""
         if not candidate.steps:
             return 1.0
         trial = self.trials.get(candidate)
         if trial is None or trial.status is not Status.OK or trial.measurement is None:
             return 0.0
-        return trial.measurement.ratio.value
+        return cautious(trial.measurement.ratio)
 
     def _ceiling(self, candidate: Candidate) -> float:
         """Return an upper bound: the shares of the time that the steps can save add up at most."""
@@ -85,13 +87,15 @@ class Strategy:
         cheap = [s for t, steps in self.proposals.steps if not t.compiles for s in steps]
         dear = [s for t, steps in self.proposals.steps if t.compiles for s in steps]
         cheap.sort(key=lambda s: -self._ceiling(Candidate((s,))))
+        leaders: dict[str, Step] = {}
+        for step in cheap:
+            leaders.setdefault(self.proposals.transform_of(step).group, step)
+        yield from (Candidate((s,)) for s in leaders.values())
+        yield from self._extensions(self._best(c for c in self.trials if all(s in cheap for s in c.steps)), dear[:2])
         yield from (Candidate((s,)) for s in cheap)
-        base = self._best(c for c in self.trials if all(s in cheap for s in c.steps))
-        yield from self._extensions(base, dear)
-        best = self._best(self.trials)
-        yield from self._extensions(best, [s for s in cheap if self.gain(Candidate((s,))) > 1.0])
-        best = self._best(self.trials)
-        yield from self._extensions(best, [*cheap, *dear], replace=True)
+        yield from self._extensions(self._best(c for c in self.trials if all(s in cheap for s in c.steps)), dear)
+        yield from self._extensions(self._best(self.trials), [s for s in cheap if self.gain(Candidate((s,))) > 1.0])
+        yield from self._extensions(self._best(self.trials), [*cheap, *dear], replace=True)
         yield from (Candidate((s,)) for s in dear)
 
     def _best(self, candidates: Iterable[Candidate]) -> Candidate:
