@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return _broken_pipe()
-    except Exception as error:
+    except Exception as error:  # whatever went wrong is told in one line; KPT_DEBUG=1 shows the traceback
         if os.environ.get("KPT_DEBUG"):
             raise
         return _say(_line(error))
