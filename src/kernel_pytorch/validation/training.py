@@ -91,7 +91,8 @@ def _gradients(subject: Subject, oracle: Oracle, low: list[Step], *, drew: bool)
     costs = own
     if any(declared_dtype(s) for s in low):
         costs = Gradients(**oracle.memo.get(f"{key} {[str(s) for s in low]}", cast))
-    kept, budgets = _budgets(want, own, costs, low=bool(low))
+    undeclared = any(declared_dtype(s) is None for s in low)
+    kept, budgets = _budgets(want, own, costs, low=bool(low), least=subject.config.max_error if undeclared else 1e-3)
     program = subject.program
     if drew:
         calls = {c: oracle.call(c, 0) for c in subject.workload.cases}
@@ -108,9 +109,12 @@ def _gradients(subject: Subject, oracle: Oracle, low: list[Step], *, drew: bool)
 
 
 def _budgets(
-    want: Gradients, own: Gradients, costs: Gradients, *, low: bool
+    want: Gradients, own: Gradients, costs: Gradients, *, low: bool, least: float
 ) -> tuple[Gradients, dict[str, float]]:
-    """Return the gradients that fp32 can measure, and for each what the declared precision costs, with slack."""
+    """Return the gradients that fp32 can measure, and for each what the declared precision costs, with slack.
+
+    `least` is allowed of any lower precision: `max_error` where a step names no format whose cost could be measured.
+    """
     budgets: dict[str, float] = {}
     kept: dict[str, torch.Tensor] = {}
     errors: list[float] = []
@@ -124,7 +128,7 @@ def _budgets(
         budgets[name] = max(_CAST * cost, 3 * mine) if low else max(1e-4, _REORDERED * mine)
     typical = sorted(errors)[len(errors) // 2] if errors else 0.0
     if low:
-        budgets = {k: max(v, _CAST * typical, 1e-3) for k, v in budgets.items()}
+        budgets = {k: max(v, _CAST * typical, least) for k, v in budgets.items()}
     loss = abs(costs.loss - want.loss) / max(abs(want.loss), 1e-12)
     budgets["loss"] = max(_CAST * loss, 2e-2) if low else max(1e-5, _REORDERED * loss)
     return Gradients(want.loss, kept, ""), budgets
