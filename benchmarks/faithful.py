@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from tests.faults.faithful import FAITHFUL  # noqa: E402
+from tests.faults.harness import applies, bench_for, catalogue, try_untimed  # noqa: E402
+from tests.faults.models import MODELS  # noqa: E402
 
-from faults.faithful import FAITHFUL  # noqa: E402
-from faults.harness import applies, bench_for, catalogue, try_untimed  # noqa: E402
-from faults.models import MODELS  # noqa: E402
 from kernel_pytorch.core.types import Candidate, Mode, Status, Step, Trial  # noqa: E402
 from kernel_pytorch.hardware import detect  # noqa: E402
 from kernel_pytorch.search.trial import TrialRequest  # noqa: E402

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from tests.faults.faulty import BY_NAME, FAULTS  # noqa: E402
+from tests.faults.harness import COMBINATIONS, Attempt, applies, attempts, row_of, try_out  # noqa: E402
+from tests.faults.models import MODELS  # noqa: E402
 
-from faults.faulty import BY_NAME, FAULTS  # noqa: E402
-from faults.harness import COMBINATIONS, Attempt, applies, attempts, row_of, try_out  # noqa: E402
-from faults.models import MODELS  # noqa: E402
 from kernel_pytorch.core.types import Mode  # noqa: E402
 from kernel_pytorch.hardware import detect  # noqa: E402
 
@@ -169,8 +169,11 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
     lines += ["", f"{len(real)} cells, {len(seen)} detected, {matched} of them for the expected reason.", ""]
     missed = [r for r in real if not r["detected"]]
     if missed:
-        lines += ["What was not seen:", ""]
-        lines += [f"- {r['fault']}, {r['size']}, {r['model']}, {r['mode']}, {r['combination']}" for r in missed] + [""]
+        lines += ["What was not seen (fault, size, combination: models):", ""]
+        for place in dict.fromkeys((r["fault"], r["size"], r["combination"]) for r in missed):
+            where = [r for r in missed if (r["fault"], r["size"], r["combination"]) == place]
+            lines.append(f"- {', '.join(place)}: " + ", ".join(f"{r['model']} ({r['mode']})" for r in where))
+        lines.append("")
     if other:
         lines += ["What was rejected for another reason than the expected one:", ""]
         lines += [
@@ -181,11 +184,38 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def documented(text: str, generated: str) -> str:
+def false_alarms(document: dict[str, Any]) -> str:
+    """Return the section on faithful transforms as Markdown."""
+    real = [r for r in document["rows"] if r["status"] not in ("n/a", "failed")]
+    lines = ["## False alarms", ""]
+    lines += [f"{document['runs']} runs of faithful candidates with fresh inputs, {document['rejected']} rejected.", ""]
+    lines += ["| candidate | models | runs | rejected | nearest to a budget |", "|---|---|---|---|---|"]
+    for label in dict.fromkeys(r["candidate"] for r in real):
+        own = [r for r in real if r["candidate"] == label]
+        nearest = max((r["nearest"] or 0.0 for r in own), default=0.0)
+        rejected = sum(r["status"] != "ok" for r in own)
+        models = len({r["model"] for r in own})
+        lines.append(f"| {label} | {models} | {len(own)} | {rejected} | {nearest:.2f} |")
+    alarms = [r for r in real if r["status"] != "ok"]
+    if alarms:
+        lines += ["", "Rejected:", ""] + [f"- {r['key']}: {r['reason']}" for r in alarms]
+    lines += ["", document["max_error"]["why"][0].upper() + document["max_error"]["why"][1:] + ".", ""]
+    return "\n".join(lines)
+
+
+def generated(directory: Path) -> str:
+    """Return the generated part of the page from the artefacts of a directory."""
+    faults = json.loads((directory / "faults.json").read_text())
+    faithful = json.loads((directory / "faithful.json").read_text())
+    head = f"Measured on `{faults['device']}` with torch {faults['software']['torch']}.\n\n"
+    return head + tables(faults["rows"]) + "\n" + false_alarms(faithful)
+
+
+def documented(text: str, part: str) -> str:
     """Return the page with its generated part replaced."""
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n\n{generated}\n{END}{tail}"
+    return f"{head}{BEGIN}\n\n{part}\n{END}{tail}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -203,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = results_path()
     rows = {} if options.short else read_rows(path)
     if options.write_docs:
-        DOCS.write_text(documented(DOCS.read_text(), tables(list(rows.values()))))
+        DOCS.write_text(documented(DOCS.read_text(), generated(path.parent)))
         return 0
     models = [m for m in options.models if m in SHORT_MODELS] if options.short else options.models
     groups = plan(options.faults, models, ("alone",) if options.short else options.combinations)

@@ -139,6 +139,8 @@ def _low_linear(program: Program) -> None:
 def _swapped_optimizer(program: Program) -> None:
     if not isinstance(program.optimizer, torch.optim.AdamW):
         raise CandidateError("the optimizer is not AdamW")
+    if any(p.is_complex() for p in program.model.parameters()):
+        raise CandidateError("fused AdamW takes no complex parameters")
     old = program.optimizer
     for group in old.param_groups:
         group["foreach"], group["fused"] = False, True

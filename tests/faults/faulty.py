@@ -25,7 +25,8 @@ from .damage import SIZES
 INFERENCE, TRAINING = frozenset({Mode.INFERENCE}), frozenset({Mode.TRAINING})
 BOTH = INFERENCE | TRAINING
 C, S, K, P, T = Gate.CONTRACT, Gate.STRUCTURE, Gate.KERNEL, Gate.PRECISION, Gate.TRAINING
-NUMBERS = ((S, r"output|loss|grad|buffer"), (C, r"buffer"))
+NUMBERS = ((S, r"output|loss|grad|buffer"), (C, r"buffer|random"))
+"""Wrong numbers; what a model draws random numbers for is wrong in its moments."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Faulty:
         return f"# fault: {self.summary}"
 
 
+LOW = ((S, "output|grad"), (K, ""), (P, ""), (T, "grad"), (C, "random"))
 WHOLE = ("tensor",)
 
 FAULTS: tuple[Faulty, ...] = (
@@ -88,7 +90,7 @@ FAULTS: tuple[Faulty, ...] = (
     Faulty("bias_dropped", "a bias dropped", values.bias_dropped, NUMBERS),
     Faulty("zeroed", "the output of a layer zeroed", values.zeroed, NUMBERS),
     Faulty("batch_permuted", "right shape, permuted batch", values.batch_permuted, NUMBERS),
-    Faulty("wrong_gradient", "right forward, half the gradient", values.wrong_gradient, ((S, "grad"),),
+    Faulty("wrong_gradient", "right forward, half the gradient", values.wrong_gradient, ((S, "grad"), (T, "grad")),
            modes=TRAINING),
     Faulty("nan_third_call", "NaN at the third call only", calls.nan_third_call, ((C, "finite"),), outermost=True),
     Faulty("other_batch", "wrong at another batch size", values.other_batch, NUMBERS),
@@ -116,9 +118,9 @@ FAULTS: tuple[Faulty, ...] = (
     Faulty("recompile_limit", "the recompile limit hit silently", calls.recompile_limit, ((C, "recompil"),), WHOLE,
            numerics=Numerics.EXACT, outermost=True),
     Faulty("low_precision_scale", "a bfloat16 layer with its scale off by 1 %", values.low_precision_scale,
-           ((K, ""), (P, "")), numerics=Numerics.LOWER_PRECISION),
+           LOW, numerics=Numerics.LOWER_PRECISION),
     Faulty("low_precision_bias", "a bfloat16 layer that drops its bias", values.low_precision_bias,
-           ((K, ""), (P, "")), numerics=Numerics.LOWER_PRECISION),
+           LOW, numerics=Numerics.LOWER_PRECISION),
 )
 
 BY_NAME = {fault.name: fault for fault in FAULTS}
