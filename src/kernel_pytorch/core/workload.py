@@ -75,6 +75,11 @@ class Workload:
         total = sum(c.weight for c in self.cases.values())
         return {name: c.weight / total for name, c in self.cases.items()}
 
+    @property
+    def shares_model(self) -> bool:
+        """Whether `model()` returns one object each time, the user's own, which must not be run as it is."""
+        return isinstance(self.model, _Constant)
+
     def call(self, case: str, seed: int) -> Call:
         """Return fresh inputs of a case; torch's global generator is seeded for factories that take no seed.
 

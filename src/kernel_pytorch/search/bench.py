@@ -81,7 +81,7 @@ def prepare_bench(
 ) -> Bench:
     """Build the unmodified model and its inputs on the device."""
     model = workload.model()
-    if workload.target == "":
+    if workload.shares_model or not workload.target:
         model = clone_model(model)  # it is the user's own object: never run what could change it
     model = manager.place(model)
     model.train(config.mode is Mode.TRAINING)
