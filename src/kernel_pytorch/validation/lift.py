@@ -11,10 +11,16 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["lift_tree", "lifted", "lifted_model"]
+__all__ = ["QuantisationWatch", "lift_tree", "lifted", "lifted_model"]
 
 _LOW = (torch.float32, torch.float16, torch.bfloat16)
 _COMPLEX_LOW = (torch.complex64, torch.complex32)
+_ROUNDS = ("aten::round", "aten::fake_quantize")
+_EIGHT_BITS = frozenset(
+    getattr(torch, name) for name in (
+        "int8", "uint8", "qint8", "quint8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz",
+    )
+)  # fmt: skip
 _BITS = frozenset({"aten::view.dtype"})
 
 
@@ -56,6 +62,28 @@ class _Lift(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
         kwargs = {k: v if k in written else pytree.tree_map(widen, v) for k, v in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def _any_tensor(tree: Any, matches: Callable[[torch.Tensor], bool]) -> bool:
+    return any(isinstance(x, torch.Tensor) and matches(x) for x in pytree.tree_leaves(tree))
+
+
+class QuantisationWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether floats are rounded to integers or to 8-bit floats, which lifting does not undo.
+
+    Attributes:
+        seen: Whether one was.
+    """
+
+    seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.name() not in _BITS and _any_tensor((args, kwargs), lambda x: x.is_floating_point()):
+            self.seen |= func.name().startswith(_ROUNDS) or _any_tensor(out, lambda x: x.dtype in _EIGHT_BITS)
+        return out
 
 
 @contextmanager

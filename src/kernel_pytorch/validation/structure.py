@@ -1,14 +1,15 @@
 """Gate 2: structural steps in fp64, at perturbed parameters and buffers, on varied inputs; near-exact.
 
 Steps that do not compile are judged under lifted hard-coded casts, so 1e-9 is the budget whatever the model casts
-inside. A compiled call cannot run under a dispatch mode: it is judged in fp64 without lifting, at the workload's own
-shapes, against a budget widened by what the hard-coded casts cost the reference.
+inside; steps that cast to bfloat16 or float16 too, for lifted their casts do nothing. A compiled call cannot run under
+a dispatch mode: it is judged in fp64 without lifting, at the workload's own shapes, against a budget widened by what
+the hard-coded casts cost the reference.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ from kernel_pytorch.core.workload import Call
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.validation.compare import compare_values, structure_checks, tensor_error
 from kernel_pytorch.validation.gradients import Gradients, gradient_checks, gradients_of
-from kernel_pytorch.validation.lift import lift_tree, lifted, lifted_model
+from kernel_pytorch.validation.lift import QuantisationWatch, lift_tree, lifted, lifted_model
 from kernel_pytorch.validation.locate import first_difference
 from kernel_pytorch.validation.oracle import Oracle, digest_of, loss_of
 from kernel_pytorch.validation.subject import Observed, Subject, attempt, observe, routed
@@ -76,18 +77,42 @@ def structure(subject: Subject, oracle: Oracle, level: str) -> Verdict:
     """Judge the structural steps of a candidate: those that do not compile, and with them those that do."""
     steps = tuple(s for s in subject.candidate.steps if subject.structural(s))
     plain = Candidate(tuple(s for s in steps if not compiles(s)))
+    casting = Candidate(tuple(s for s in subject.candidate.steps if not compiles(s)))
     verdict = Verdict()
-    if plain.steps:
+    lossy = subject.workload.evaluate is not None or any(_quantises(s) for s in casting.steps)
+    if len(casting.steps) > len(plain.steps) and not lossy:
+        verdict.add(_memoised(subject, oracle, casting, level, compiled=False, casting=True))
+    if plain.steps and not verdict.checks:
         verdict.add(_memoised(subject, oracle, plain, level, compiled=False))
     if len(steps) > len(plain.steps) and all(c.passed for c in verdict.checks):
         verdict.add(_memoised(subject, oracle, Candidate(steps), level, compiled=True))
     return verdict
 
 
-def _memoised(subject: Subject, oracle: Oracle, part: Candidate, level: str, *, compiled: bool) -> Verdict:
+def _quantises(step: Step) -> bool:
+    return any(word in step.transform for word in ("quant", "int8", "int4", "fp8", "float8"))
+
+
+def _with_casts_lifted(trial: _Trial) -> Verdict:
+    """Judge steps that cast to bfloat16 or float16: lifted, their casts do nothing, and what is left must be exact.
+
+    Says nothing (no checks) of steps that turn out to round to integers or 8 bits, or do not run in fp64.
+    """
+    with QuantisationWatch() as watch:  # type: ignore[no-untyped-call]
+        verdict = trial.run()
+    failed = [c for c in verdict.checks if not c.passed]
+    if not failed or not (watch.seen or any(c.name in ("applies", "runs") for c in failed)):
+        return verdict
+    return Verdict(unchecked=[f"{trial.part.label}: its structure at high precision, for it does not run there"])
+
+
+def _memoised(
+    subject: Subject, oracle: Oracle, part: Candidate, level: str, *, compiled: bool, casting: bool = False
+) -> Verdict:
     trial = _Trial(subject, oracle, part, level, compiled=compiled)
+    judged: Callable[[], Verdict] = (lambda: _with_casts_lifted(trial)) if casting else trial.run
     key = f"structure {oracle.identity} {subject.config.seed} {level} {part.label}"
-    return Verdict.from_dict(oracle.memo.get(key, lambda: trial.run().as_dict()))
+    return Verdict.from_dict(oracle.memo.get(key, lambda: judged().as_dict()))
 
 
 @dataclass(frozen=True, slots=True)
