@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from kernel_pytorch.core.program import clone_model
+from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import Check, Gate, Step
 from kernel_pytorch.core.workload import Workload
 from kernel_pytorch.validation.compare import tensor_error
@@ -47,9 +48,18 @@ def training_checks(subject: Subject, oracle: Oracle, level: str, low: list[Step
         low: The lower-precision steps.
         drew: Whether the model draws random numbers; gradients are then compared with dropout off.
     """
-    checks = _gradients(subject, oracle, low, drew=drew)
+    program = subject.program
+    if drew:
+        calls = {c: oracle.call(c, 0) for c in subject.workload.cases}
+        program, error = attempt(lambda: subject.build(_reference(oracle), subject.candidate, calls))
+        if error:
+            return [Check("gradients", Gate.TRAINING, math.inf, 0.0, f"the steps do not apply: {error}")]
+        routed(program)
+    checks = _gradients(subject, oracle, low, program)
     if all(c.passed for c in checks) and _STEPS[level]:
-        checks += _curve(subject, oracle, _STEPS[level], low)
+        checks += _curve(subject, oracle, _STEPS[level], low, subject.program)
+    if drew and all(c.passed for c in checks) and _STEPS[level]:
+        checks += _curve(subject, oracle, _STEPS[level], low, program, dropout=False)
     return checks
 
 
@@ -65,7 +75,7 @@ def _autocast(oracle: Oracle, low: list[Step]) -> Any:
     return torch.autocast(device, dtypes[0]) if dtypes else nullcontext()
 
 
-def _gradients(subject: Subject, oracle: Oracle, low: list[Step], *, drew: bool) -> list[Check]:
+def _gradients(subject: Subject, oracle: Oracle, low: list[Step], program: Program) -> list[Check]:
     case, seed = next(iter(subject.workload.cases)), subject.config.seed
     batch, loss = oracle.batch(case, 0), loss_of(subject.workload)
     key = f"gradients {oracle.identity} {case} {seed}"
@@ -93,13 +103,7 @@ def _gradients(subject: Subject, oracle: Oracle, low: list[Step], *, drew: bool)
         costs = Gradients(**oracle.memo.get(f"{key} {[str(s) for s in low]}", cast))
     undeclared = any(declared_dtype(s) is None for s in low)
     kept, budgets = _budgets(want, own, costs, low=bool(low), least=subject.config.max_error if undeclared else 1e-3)
-    program = subject.program
-    if drew:
-        calls = {c: oracle.call(c, 0) for c in subject.workload.cases}
-        program, error = attempt(lambda: subject.build(_reference(oracle), subject.candidate, calls))
-        if error:
-            return [Check("gradients", Gate.TRAINING, math.inf, 0.0, f"the steps do not apply: {error}", case)]
-    model = routed(program) if drew else program.model
+    model = program.model
     with _unchanged(model):
         got = gradients_of(model, program.loss or loss, batch, seed)
     return gradient_checks(
@@ -181,22 +185,25 @@ def _nudged(model: nn.Module) -> nn.Module:
     return model
 
 
-def _curve(subject: Subject, oracle: Oracle, steps: int, low: list[Step]) -> list[Check]:
+def _curve(
+    subject: Subject, oracle: Oracle, steps: int, low: list[Step], program: Program, *, dropout: bool = True
+) -> list[Check]:
     """Compare the loss curve with the unmodified model's: same data, same random seeds, same optimizer.
 
     The budget is three times what autocast costs where a step lowers the precision, and at least 20 times what moving
-    the initial parameters by 1e-6 does; for models that draw random numbers twice the spread over random seeds.
+    the initial parameters by 1e-6 does; for models that draw random numbers twice the spread over random seeds. That
+    hides what is small, so such a model trains a second time without dropout.
     """
     case, seed, workload = next(iter(subject.workload.cases)), subject.config.seed, subject.workload
     batches = [oracle.batch(case, i) for i in range(steps)]
     loss = loss_of(workload)
 
     def plain(shift: int = 0, *, nudge: bool = False, context: Callable[[], Any] = nullcontext) -> list[float]:
-        model = clone_model(oracle.reference)
+        model = clone_model(oracle.reference) if dropout else _reference(oracle)
         model = _nudged(model) if nudge else model
         return _losses(model, loss, _optimizer(workload, model), batches, seed=seed + shift, context=context)
 
-    key = f"curve {oracle.identity} {seed} {steps}"
+    key = f"curve {oracle.identity} {seed} {steps} {dropout}"
     want = oracle.memo.get(f"{key} plain", plain)
     spread = [_apart(want, oracle.memo.get(f"{key} nudged", lambda: plain(nudge=True))) * _SPREAD]
     if oracle.observed(case).drew:
@@ -207,7 +214,6 @@ def _curve(subject: Subject, oracle: Oracle, steps: int, low: list[Step]) -> lis
         spread.append(_CAST * _apart(want, cast))
     floor = subject.config.max_error if any(declared_dtype(s) is None for s in low) else 5e-3 if low else 1e-5
     budget = max(floor, *spread)
-    program = subject.program
     with _unchanged(program.model):
         optimizer = program.optimizer or _optimizer(workload, program.model)
         before = copy.deepcopy(optimizer.state_dict())
@@ -217,7 +223,8 @@ def _curve(subject: Subject, oracle: Oracle, steps: int, low: list[Step]) -> lis
         return [Check("loss curve", Gate.TRAINING, math.inf, 0.0, f"raises {error}", case)]
     apart = _apart(want, got)
     detail = f"parts from the unmodified model's by {apart:.2g} within {steps} steps" if not apart <= budget else ""
-    return [Check("loss curve", Gate.TRAINING, apart, budget, detail, case)]
+    name = "loss curve" if dropout else "loss curve without dropout"
+    return [Check(name, Gate.TRAINING, apart, budget, detail, case)]
 
 
 def _apart(want: list[float], got: list[float]) -> float:
