@@ -197,7 +197,7 @@ class Memo:
         path = None if self.directory is None else self.directory / f"{name}.pt"
         if path is not None and path.exists():
             with contextlib.suppress(OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-                self.kept[name] = torch.load(path, weights_only=True, map_location="cpu")
+                self.kept[name] = torch.load(path, weights_only=True)
                 return self.kept[name]
         value = compute()
         self.kept[name] = value
