@@ -13,7 +13,7 @@ from kernel_pytorch.hardware.nvidia import specs
 
 __all__ = ["VERIFIED_ARCHES", "absent", "cache_bytes", "detect"]
 
-VERIFIED_ARCHES: frozenset[str] = frozenset()
+VERIFIED_ARCHES: frozenset[str] = frozenset({"sm_90"})
 """Arches on which `tests/contracts` has been run on real hardware."""
 
 
