@@ -52,8 +52,11 @@ class Bert(nn.Module):
         self.layers = nn.ModuleList()
         for _ in range(layers):
             parts = {
-                "attention": Attention(width, 4), "norm1": nn.LayerNorm(width),
-                "up": nn.Linear(width, 2 * width), "down": nn.Linear(2 * width, width), "norm2": nn.LayerNorm(width),
+                "attention": Attention(width, 4),
+                "norm1": nn.LayerNorm(width),
+                "up": nn.Linear(width, 2 * width),
+                "down": nn.Linear(2 * width, width),
+                "norm2": nn.LayerNorm(width),
             }
             self.layers.append(nn.ModuleDict(parts))
         for module in self.modules():
@@ -159,8 +162,14 @@ def bf16() -> Change:
 
 
 def judged(
-    name: str, *changes: Change, level: str = "standard", mode: Mode = Mode.INFERENCE, memo=None, seed: int = 0,
-    workload: Workload | None = None, **config: Any,
+    name: str,
+    *changes: Change,
+    level: str = "standard",
+    mode: Mode = Mode.INFERENCE,
+    memo=None,
+    seed: int = 0,
+    workload: Workload | None = None,
+    **config: Any,
 ) -> NumericsReport:
     make, inputs = MODELS.get(name, (None, None))
     torch.manual_seed(1)
@@ -181,8 +190,15 @@ def judged(
     ship(program, None)
     return judge(
         Subject(
-            workload=workload, candidate=candidate, config=settings, reference=reference, program=program,
-            build=build, place=lambda x: x, structural=lambda s: not by_name[s.transform].low, memo_dir=memo,
+            workload=workload,
+            candidate=candidate,
+            config=settings,
+            reference=reference,
+            program=program,
+            build=build,
+            place=lambda x: x,
+            structural=lambda s: not by_name[s.transform].low,
+            memo_dir=memo,
         ),
         level=level,
     )
@@ -504,7 +520,8 @@ def test_a_quantised_linear_is_checked_on_its_own_operands():
     reference = Wide().eval()
     call = Workload(model=Wide, inputs=lambda seed: torch.randn(8, 64)).call("main", 0)
     for config in (
-        quantization.Int8WeightOnlyConfig(), quantization.Int8DynamicActivationInt8WeightConfig(),
+        quantization.Int8WeightOnlyConfig(),
+        quantization.Int8DynamicActivationInt8WeightConfig(),
     ):
         good = clone_model(reference)
         quantization.quantize_(good, config)

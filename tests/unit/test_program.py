@@ -1,4 +1,4 @@
-"""A shipped module is the user's own: same class, same keys; calls outside the plan run the original and are counted."""
+"""A shipped module is the user's own: same class, same keys; calls outside run the original and are counted."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import logging
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,7 +77,7 @@ def clone_call(call: Call) -> Call:
 
 def plain_call(model: nn.Module) -> Callable[..., Any]:
     """Return the module's own uncompiled call, hooks included."""
-    return cast("Callable[..., Any]", model._call_impl)  # noqa: SLF001
+    return model._call_impl  # noqa: SLF001
 
 
 def begin(
@@ -188,7 +188,7 @@ def ship(
     model = program.model
     before = model._compiled_call_impl  # noqa: SLF001
     program.undo.append(lambda: setattr(model, "_compiled_call_impl", before))
-    model._compiled_call_impl = _Guarded(program, fallback, signatures)  # type: ignore[assignment]  # noqa: SLF001
+    model._compiled_call_impl = _Guarded(program, fallback, signatures)  # noqa: SLF001
     return model
 
 
@@ -254,7 +254,7 @@ def _plain_checksum(tensor: torch.Tensor) -> tuple[Any, ...]:
         return head
     values = torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
     raw = values.cpu().contiguous().flatten().view(torch.uint8)
-    return (*head, zlib.crc32(memoryview(raw.numpy())))
+    return (*head, zlib.crc32(raw.numpy().data))
 
 
 def state_digest(model: nn.Module) -> dict[str, Any]:
