@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kernel_pytorch.core.config import KernelPyTorchConfig as KernelPyTorchConfig
-    from kernel_pytorch.core.management.unified_manager import Result as Result
+    from kernel_pytorch.core.management.result import Result as Result
     from kernel_pytorch.core.management.unified_manager import UnifiedManager as UnifiedManager
     from kernel_pytorch.core.program import CallCounts as CallCounts
     from kernel_pytorch.core.program import call_counts as call_counts
@@ -65,7 +65,7 @@ _HOME = {
     "OutputDirectoryError": "errors",
     "Plan": "core.types",
     "PlanError": "errors",
-    "Result": "core.management.unified_manager",
+    "Result": "core.management.result",
     "Step": "core.types",
     "TargetError": "errors",
     "UnifiedManager": "core.management.unified_manager",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernel_pytorch.catalog import apply_candidate
+from kernel_pytorch.catalog import TRANSFORMS, apply_candidate
 from kernel_pytorch.core.describe import fingerprint
 from kernel_pytorch.core.program import begin, call_counts, clone_model, ship
 from kernel_pytorch.core.types import DeviceSpec, Mode, Plan
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from kernel_pytorch.core.protocols import Program
+    from kernel_pytorch.core.protocols import Transform
 
 __all__ = ["apply", "check_device", "check_model", "prepare"]
 
@@ -36,6 +36,8 @@ def apply(
     inputs: Any = None,
     trust_artifacts: bool = False,
     outside: str = "original",
+    transforms: Sequence[Transform] = TRANSFORMS,
+    deploy_to: Path | None = None,
 ) -> nn.Module:
     """Return a copy of a model that runs as the plan says; the model itself is not modified.
 
@@ -51,6 +53,8 @@ def apply(
         trust_artifacts: Whether code in the plan's `artifacts/` may be loaded.
         outside: `original` runs calls outside the plan on the unmodified model, which stays in memory for that;
             `error` raises `InputsError`.
+        transforms: What the plan's steps may name, in order of application.
+        deploy_to: Where steps write what is deployed beside the plan (a compiled package); nothing by default.
 
     Raises:
         PlanError: The plan cannot be read, or is for another model or device.
@@ -64,7 +68,8 @@ def apply(
     copy = clone_model(model)
     copy.train(plan.workload.mode is Mode.TRAINING)
     program = begin(copy, plan.workload.mode, _calls(plan, inputs))
-    program = _applied(program, plan, artifacts, trust_artifacts=trust_artifacts)
+    program.artifact_dir, program.trust_artifacts = deploy_to or artifacts, trust_artifacts
+    program = apply_candidate(program, plan.candidate, transforms)
     fallback = model if plan.candidate.steps else copy
     program.holds.append(fallback)
     return ship(program, fallback if outside == "original" else None, _signatures(plan))
@@ -77,6 +82,7 @@ def prepare(
     plan: Plan | str | Path,
     inputs: Any = None,
     trust_artifacts: bool = False,
+    transforms: Sequence[Transform] = TRANSFORMS,
 ) -> tuple[nn.Module, Any]:
     """Apply a training plan to a model and optimizer in place; the loop, clipping and schedule stay the user's.
 
@@ -89,6 +95,7 @@ def prepare(
         plan: A training plan, its file, or the directory of its search.
         inputs: Example inputs; see `apply`.
         trust_artifacts: Whether code in the plan's `artifacts/` may be loaded.
+        transforms: What the plan's steps may name, in order of application.
 
     Returns:
         The model and the optimizer to use.
@@ -109,7 +116,8 @@ def prepare(
     program = begin(model, Mode.TRAINING, _calls(plan, inputs), optimizer=optimizer)
     undo = program.undo
     try:
-        program = _applied(program, plan, artifacts, trust_artifacts=trust_artifacts)
+        program.artifact_dir, program.trust_artifacts = artifacts, trust_artifacts
+        program = apply_candidate(program, plan.candidate, transforms)
         if {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)} != before:
             raise CandidateError(f"{plan.candidate} replaces parameters, which would part them from the optimizer")
     except KptError:
@@ -163,12 +171,6 @@ def _resolve(plan: Plan | str | Path) -> tuple[Plan, Path | None]:
         return plan, None
     path = Path(plan).expanduser()
     return load_plan(path), (path if path.is_dir() else path.parent) / "artifacts"
-
-
-def _applied(program: Program, plan: Plan, artifacts: Path | None, *, trust_artifacts: bool) -> Program:
-    program.artifact_dir = artifacts
-    program.trust_artifacts = trust_artifacts
-    return apply_candidate(program, plan.candidate)
 
 
 def _calls(plan: Plan, inputs: Any) -> dict[str, Call]:

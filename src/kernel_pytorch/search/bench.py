@@ -64,7 +64,7 @@ class Bench:
         def train() -> Any:
             optimizer.zero_grad(set_to_none=True)
             value = loss(model, batch)
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             return value
 

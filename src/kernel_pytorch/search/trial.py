@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,11 +111,11 @@ def failure(request: TrialRequest, error: Exception) -> Trial:
     return Trial(request.candidate, status, reason=text + where, phase=request.phase)
 
 
-def _deterministic(seed: int) -> AbstractContextManager[None]:
-    stack = ExitStack()
-    stack.enter_context(torch.random.fork_rng(devices=[]))
-    torch.manual_seed(seed)
-    return stack
+@contextmanager
+def _deterministic(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def _first_call_seconds(bench: Bench, shipped: nn.Module) -> float:
@@ -144,7 +144,7 @@ def _probe_step(bench: Bench, model: nn.Module, case: str) -> Callable[[], Any]:
 
     def forward_backward() -> Any:
         value = loss(model, batch)
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
         return value
 

@@ -6,65 +6,27 @@ import datetime as dt
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
-
-from torch import nn
 
 import kernel_pytorch
 from kernel_pytorch.backends import manager_for
 from kernel_pytorch.catalog import TRANSFORMS
 from kernel_pytorch.core.config import KernelPyTorchConfig
 from kernel_pytorch.core.describe import check_model, describe
+from kernel_pytorch.core.management.result import Result
 from kernel_pytorch.core.program import clone_model, state_digest
 from kernel_pytorch.core.protocols import HardwareManager, Transform
 from kernel_pytorch.core.types import Event, Listener, Plan, Prediction, WorkloadSpec
-from kernel_pytorch.core.workload import Call, Workload
+from kernel_pytorch.core.workload import Workload
 from kernel_pytorch.errors import ModelError
-from kernel_pytorch.plan.apply import apply
 from kernel_pytorch.plan.store import SearchDirectory
-from kernel_pytorch.report.html import write_html
 from kernel_pytorch.search.bench import Bench, prepare_bench
 from kernel_pytorch.search.jobs import Jobs
 from kernel_pytorch.search.predict import predict
 from kernel_pytorch.search.propose import Proposals, propose
 from kernel_pytorch.search.run import Search
 
-__all__ = ["Result", "UnifiedManager"]
-
-
-@dataclass(slots=True)
-class Result:
-    """What a search returns.
-
-    Attributes:
-        plan: The plan with its evidence.
-        original: The user's unmodified model.
-        calls: Example inputs by case.
-        config: What was asked for.
-    """
-
-    plan: Plan
-    original: nn.Module
-    calls: dict[str, Call]
-    config: KernelPyTorchConfig
-    _model: nn.Module | None = None
-
-    @property
-    def model(self) -> nn.Module:
-        """The optimised model: a new module of the same class; the original itself where nothing won."""
-        if not self.plan.candidate.steps:
-            return self.original
-        if self._model is None:
-            self._model = apply(self.plan, self.original, inputs=self.calls, outside=self.config.outside)
-        return self._model
-
-    def save(self, directory: str | Path) -> Path:
-        """Write `plan.json` and `report.html` and return the directory."""
-        with SearchDirectory(Path(directory)) as store:
-            store.write_plan(self.plan)
-            write_html(self.plan, store.path / "report.html")
-        return Path(directory)
+__all__ = ["UnifiedManager"]
 
 
 class UnifiedManager:
@@ -139,15 +101,16 @@ class UnifiedManager:
                 command=command,
                 search_seconds=time.monotonic() - started,
             )
+            result = Result(plan, workload.model(), dict(bench.calls), self.config, self.transforms)
             if store:
-                store.write_plan(plan)
-                write_html(plan, store.path / "report.html")
+                result.write(store)
             say(Event("chosen", plan.candidate.label, trial=plan.chosen))
-        return Result(plan, workload.model(), dict(bench.calls), self.config)
+        return result
 
     def _bench(self, workload: Workload) -> tuple[Bench, WorkloadSpec]:
-        bench = prepare_bench(workload, self.config, self.hardware_manager, seed=self.config.seed)
-        bench = replace(bench, transforms=self.transforms)
+        bench = prepare_bench(
+            workload, self.config, self.hardware_manager, seed=self.config.seed, transforms=self.transforms
+        )
         check_model(bench.workload, bench.model, bench.calls, bench.config.mode, bench.batches)
         return bench, describe(workload, bench.model, bench.calls, self.config.mode, bench.batches)
 
