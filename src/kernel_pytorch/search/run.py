@@ -83,12 +83,11 @@ class Search:
         confirmation = best[0].seconds if best else 0.0
         return confirmation + _CONFIRM_SHARE * self.config.budget_s + max(t.seconds for t in self.evidence) / 2
 
-    def _try(self, candidate: Candidate, phase: str, pairs: int = 0) -> Trial:
-        share = _SCREEN_SHARE if phase == "screen" else _CONFIRM_SHARE
+    def _try(self, candidate: Candidate, phase: str, pairs: int = 0, seconds: float = 0.0) -> Trial:
         request = TrialRequest(
             candidate,
             phase=phase,
-            seconds=max(share * self.config.budget_s, 0.5),
+            seconds=seconds or _SCREEN_SHARE * self.config.budget_s,
             pairs=pairs,
             seed=self.config.seed + (_SEED_OF_CONFIRMATION if phase == "confirm" else 0),
             memo_dir=self.jobs.memo_dir,
@@ -120,7 +119,7 @@ class Search:
             if i and self._time_left() < -0.25 * self.config.budget_s:
                 break
             done = [t for t in self.evidence if t.phase == "confirm" and t.candidate == finalist.candidate]
-            trial = done[0] if done else self._try(finalist.candidate, "confirm", _pairs(finalist))
+            trial = done[0] if done else self._try(finalist.candidate, "confirm", *self._confirmation(finalist))
             if is_confirmed(trial, self.config.min_gain):
                 return trial
         kept = next(t for t in self.evidence if not t.candidate.steps)
@@ -144,8 +143,10 @@ class Search:
             )
         )
 
-
-def _pairs(finalist: Trial) -> int:
-    """Return how many fresh pairs confirm what the screening saw."""
-    assert finalist.measurement is not None
-    return confirm_pairs(finalist.measurement.ratio, len(finalist.measurement.samples_ms))
+    def _confirmation(self, finalist: Trial) -> tuple[int, float]:
+        """Return how many fresh pairs confirm what the screening saw, and the seconds they may take."""
+        m = finalist.measurement
+        assert m is not None
+        pairs = confirm_pairs(m.ratio, len(m.samples_ms))
+        needed = 3.0 * pairs * (m.median_ms + m.baseline_median_ms) / 1e3
+        return pairs, min(max(needed, _CONFIRM_SHARE * self.config.budget_s), 5.0 + 0.25 * self.config.budget_s)

@@ -35,6 +35,9 @@ from kernel_pytorch.search.layers import layer_times
 from kernel_pytorch.validation.numerics import Subject, judge
 from kernel_pytorch.validation.recompile import fail_on_recompile_limit
 
+_LEAST_SECONDS = 1.0
+"""A case with a small weight is measured at least this long: two pairs bound nothing."""
+
 __all__ = ["TrialRequest", "failure", "run_trial", "weighted"]
 
 
@@ -189,7 +192,7 @@ def _measure(bench: Bench, request: TrialRequest, program: Program, shipped: nn.
             bench.manager,
             bench.step(bench.model, optimizer, case),
             bench.step(shipped, program.optimizer, case),
-            max_seconds=request.seconds * weight,
+            max_seconds=max(request.seconds * weight, _LEAST_SECONDS),
             min_pairs=request.pairs or 8,
             max_pairs=request.pairs or 200,
             confidence=0.95 if request.pairs else SCREEN_CONFIDENCE,
