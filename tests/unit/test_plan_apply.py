@@ -108,7 +108,7 @@ def specialised(monkeypatch):
     monkeypatch.setattr(catalog, "TRANSFORMS", (*catalog.TRANSFORMS, transform))
     monkeypatch.setattr(
         "kernel_pytorch.plan.apply.apply_candidate",
-        lambda program, candidate: catalog.apply_candidate(program, candidate, catalog.TRANSFORMS),
+        lambda program, candidate, _: catalog.apply_candidate(program, candidate, catalog.TRANSFORMS),
     )
     return transform
 

@@ -15,7 +15,7 @@ def tell(hear) -> None:
     for index, trial in enumerate(won_trials()):
         hear(Event("trial_started", candidate=trial.candidate, elapsed_s=float(index), budget_s=240.0))
         hear(Event("trial_finished", trial=trial, elapsed_s=index + 0.5, budget_s=240.0))
-    hear(Event("chosen", "dtype + compile", elapsed_s=214.0, budget_s=240.0))
+    hear(Event("chosen", "dtype + compile", trial=won_trials()[1]))
 
 
 class DyingStream(io.StringIO):
@@ -40,6 +40,7 @@ def test_a_pipe_gets_one_plain_line_per_event():
     assert lines[0] == "[    0.1 s] Intel Xeon"
     assert "[    1.5 s] ok dtype(bfloat16): 2.37x [2.33, 2.42], error 1.3e-2" in lines
     assert "[    9.5 s] timeout aot_inductor: no result within 180 s" in lines
+    assert lines[-1] == f"[{len(won_trials()) - 0.5:7.1f} s] chosen: dtype(bfloat16)"
 
 
 def test_a_terminal_gets_a_display_that_disappears_when_the_search_ends():

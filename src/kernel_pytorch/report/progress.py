@@ -48,7 +48,7 @@ def live(console: Console, enabled: bool = True) -> Iterator[Listener]:  # noqa:
             with _shown(console, _Board()) as listener:
                 yield listener
         else:
-            yield _guarded(lambda event: _log(console, event))
+            yield _guarded(_Lines(console).hear)
     finally:
         console.file = stream
 
@@ -151,23 +151,35 @@ class _Board:
         yield Group(*parts)
 
 
-def _log(console: Console, event: Event) -> None:
-    line = Text(f"[{event.elapsed_s:7.1f} s] ")
-    if event.trial is not None:
-        trial = event.trial
-        error = reading.measured_error(trial)
-        line.append_text(styled_status(trial.status))
-        line.append(f" {reading.short(trial.candidate)}")
-        line.append(f": {figures.interval(trial.measurement.ratio)}" if trial.measurement else "")
-        if trial.status is Status.OK:
-            line.append(f", error {figures.error(error[0])}" if error else "")
+class _Lines:
+    """What a pipe or a file gets: one line per event."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.elapsed_s = 0.0
+
+    def hear(self, event: Event) -> None:
+        self.elapsed_s = max(self.elapsed_s, event.elapsed_s)  # not every event has a time
+        line = Text(f"[{self.elapsed_s:7.1f} s] ")
+        if event.kind == "trial_finished" and event.trial is not None:
+            line.append_text(_finished(event.trial))
+        elif event.kind == "trial_started" and event.candidate is not None:
+            line.append(f"trying {reading.short(event.candidate)}")
+        elif event.kind == "chosen":
+            line.append(f"chosen: {reading.short(event.trial.candidate) if event.trial else event.message}")
         else:
-            line.append(f": {trial.reason}" if trial.reason else "")
-    elif event.kind == "trial_started" and event.candidate is not None:
-        line.append(f"trying {reading.short(event.candidate)}")
-    else:
-        line.append(event.message or event.kind)
-    console.print(line, soft_wrap=True)
+            line.append(event.message or event.kind)
+        self.console.print(line, soft_wrap=True)
+
+
+def _finished(trial: Trial) -> Text:
+    error = reading.measured_error(trial)
+    line = styled_status(trial.status)
+    line.append(f" {reading.short(trial.candidate)}")
+    line.append(f": {figures.interval(trial.measurement.ratio)}" if trial.measurement else "")
+    if trial.status is Status.OK:
+        return line.append(f", error {figures.error(error[0])}" if error else "")
+    return line.append(f": {trial.reason}" if trial.reason else "")
 
 
 def _guarded(hear: Callable[[Event], None]) -> Listener:
