@@ -46,7 +46,7 @@ def is_confirmed(trial: Trial, min_gain: float) -> bool:
 
 def why_not(trial: Trial, chosen: Candidate, min_gain: float) -> str:
     """Return in words why a trial was not chosen; empty for the chosen one."""
-    if trial.candidate == chosen or trial.reason:
+    if trial.candidate == chosen or trial.reason or not trial.candidate.steps:
         return trial.reason
     if trial.status is not Status.OK or trial.measurement is None:
         return trial.reason
