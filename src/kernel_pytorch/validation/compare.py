@@ -16,7 +16,7 @@ import torch
 
 from kernel_pytorch.core.types import Check, Gate
 
-__all__ = ["Error", "Flat", "compare_values", "flatten", "structure_checks", "tensor_error"]
+__all__ = ["Error", "Flat", "compare_values", "flatten", "same_bits", "structure_checks", "tensor_error"]
 
 _SENTINEL = 1e30
 """Larger magnitudes are masks (`finfo.min`), not values: they must agree in sign, not in size."""
@@ -45,6 +45,10 @@ class Flat:
     def frozen(self) -> Flat:
         """Return a copy whose tensors no later call can change."""
         return dataclasses.replace(self, tensors={k: v.clone() for k, v in self.tensors.items()})
+
+    def has_nan(self) -> str:
+        """Return the path of the first tensor that holds NaN; empty where none does."""
+        return next((path for path, value in self.tensors.items() if _has_nan(value)), "")
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values that `torch.load(weights_only=True)` reads back."""
@@ -138,6 +142,13 @@ def flatten(tree: Any, root: str = "output") -> Flat:
     flat = Flat()
     _walk(flat, root, tree, set())
     return flat
+
+
+def same_bits(a: Flat, b: Flat) -> bool:
+    """Return whether two trees of one structure hold the same values; NaN equals nothing."""
+    return a.kinds == b.kinds and a.scalars == b.scalars and all(
+        a.tensors[k].shape == v.shape and torch.equal(a.tensors[k], v) for k, v in b.tensors.items()
+    )
 
 
 def _fail(name: str, detail: str, case: str, gate: Gate) -> Check:
@@ -235,6 +246,8 @@ def tensor_error(got: torch.Tensor, want: torch.Tensor, *, samples: bool = False
         return Error(flips / count, discrete=True, count=want.numel())
     if not want.numel():
         return Error(0.0)
+    if got.dtype == want.dtype and got.device == want.device and torch.equal(got, want):
+        return Error(0.0, count=want.numel())
     if got.is_complex() or want.is_complex():
         wide = torch.complex128
         got, want = (torch.view_as_real(t.detach().cpu().to(wide).resolve_conj()).flatten(-2) for t in (got, want))

@@ -82,13 +82,17 @@ def judge(subject: Subject, *, level: str = "standard") -> NumericsReport:
     first = next(iter(subject.workload.cases))
     if not report.failed and level != "quick" and low:
         report.checks += kernel_checks(subject.program.model, subject.reference, oracle.call(first, 0), config.mode)
-    if not report.failed:
-        _precision(subject, oracle, report, seen, low)
+    _precision(subject, oracle, report, {k: v for k, v in seen.items() if _comparable(v, oracle.observed(k))}, low)
     if not report.failed and config.mode is Mode.TRAINING:
         with fail_on_recompile_limit():
             report.checks += training_checks(subject, oracle, level, low, drew=oracle.observed(first).drew)
     report.unchecked += oracle.unchecked
     return report.done()
+
+
+def _comparable(got: Observed, want: Observed) -> bool:
+    """Return whether outputs exist with the right structure: their error is told even where another gate failed."""
+    return not got.error and all(a.kinds == b.kinds for a, b in zip(got.outputs, want.outputs, strict=True))
 
 
 def _indices(oracle: Oracle, case: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -171,7 +175,7 @@ def _precision(
         checks, cosine = precision_checks(got, oracle, case, distinct, limits)
         report.checks += checks
         report.cosine = min(report.cosine, cosine)
-    if evaluated:
+    if evaluated and not report.failed:
         report.checks.append(_evaluation(subject, oracle))
 
 

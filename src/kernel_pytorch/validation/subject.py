@@ -101,6 +101,7 @@ class Observed:
         buffers: Values of the changed buffers afterwards.
         deltas: By how much they changed.
         drew: Whether a call drew random numbers.
+        settled: Whether equal calls are known to give equal bits and leave nothing behind, so that one answers for all.
         error: What the first failing call raised.
     """
 
@@ -111,6 +112,7 @@ class Observed:
     changed: list[str] = field(default_factory=list)
     deltas: dict[str, torch.Tensor] = field(default_factory=dict)
     drew: bool = False
+    settled: bool = False
     error: str = ""
 
     def as_dict(self) -> dict[str, Any]:

@@ -17,10 +17,14 @@ from torch.utils import _pytree as pytree
 
 from kernel_pytorch.core.workload import Call
 
-__all__ = ["perturb", "redrawn", "resized", "variations", "zero_dropout"]
+__all__ = ["batch_size", "perturb", "redrawn", "resized", "rows_of", "variations", "zero_dropout"]
 
 _FEW = 3
 """Integer or buffer tensors with at most this many distinct values are masks, not data."""
+
+_PERIOD = 16_381
+_SHORT = 8
+"""Length of the rows of a call with more samples than the workload's, whose fp64 run would else cost the most."""
 
 
 def perturb(model: nn.Module, seed: int) -> None:
@@ -38,11 +42,18 @@ def perturb(model: nn.Module, seed: int) -> None:
         seen.add(id(tensor))
         with torch.no_grad():
             value = tensor.detach()
-            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+            noise = _noise(value, generator)
             if id(tensor) in parameters:
                 value.copy_(_moved(value, noise))
             elif not _is_mask(value):
                 value.copy_(value * torch.exp(0.2 * noise) if bool((value > 0).all()) else _moved(value, noise))
+
+
+def _noise(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return normal noise like a tensor; repeated with a prime period, for drawing tens of millions takes a second."""
+    count = value.numel()
+    drawn = torch.randn(min(count, _PERIOD), generator=generator, dtype=torch.float64).to(value)
+    return drawn.repeat(-(-count // _PERIOD))[:count].view(value.shape)
 
 
 def _moved(value: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -121,7 +132,8 @@ def _tensors(call: Call) -> list[torch.Tensor]:
     return [x for x in leaves if isinstance(x, torch.Tensor) and not x.is_nested and x.layout is torch.strided]
 
 
-def _batch_size(call: Call) -> int:
+def batch_size(call: Call) -> int:
+    """Return the commonest first dimension of the tensors of a call; 0 where there is none."""
     sizes = Counter(x.shape[0] for x in _tensors(call) if x.dim() >= 1)
     return sizes.most_common(1)[0][0] if sizes else 0
 
@@ -147,9 +159,23 @@ def _resize(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     return tensor.index_select(dim, index)
 
 
+def rows_of(call: Call, rows: list[int]) -> Call:
+    """Return a call with some samples of its batch."""
+    size = batch_size(call)
+
+    def pick(leaf: Any) -> Any:
+        plain = isinstance(leaf, torch.Tensor) and not leaf.is_nested and leaf.layout is torch.strided
+        if not plain or not leaf.dim() or leaf.shape[0] != size:
+            return leaf
+        return leaf.detach()[rows].requires_grad_(leaf.requires_grad)
+
+    args, kwargs = pytree.tree_map(pick, (call.args, dict(call.kwargs)))
+    return Call(args, kwargs)
+
+
 def resized(call: Call, *, batch: int | None = None, length: int | None = None) -> Call:
     """Return a call with another batch size and sequence length (image side), cut or repeated; history dropped."""
-    old_batch = _batch_size(call)
+    old_batch = batch_size(call)
     old_length, image = _length(call)
 
     def fit(leaf: Any) -> Any:
@@ -180,13 +206,17 @@ def variations(level: str, seed: int, call: Call) -> list[tuple[str, Call]]:
         seed: Of the values.
         call: An example call at the workload's own shapes.
     """
-    batch = _batch_size(call)
+    batch = batch_size(call)
     length, _ = _length(call)
+    tokens = any(x.dim() >= 2 and not x.is_floating_point() for x in _tensors(call))
     shapes: dict[str, tuple[int | None, int | None]] = {}
     if batch > 1:
         shapes["2 rows"] = (2, None)
         half = max(1, length // 2)
-        shapes[f"batch {batch + 1}, length {half}"] = (batch + 1, half if length else None)
+        short = min(half, _SHORT) if tokens else half
+        shapes[f"batch {batch + 1}, length {short}"] = (batch + 1, short if length else None)
+        if short != half:
+            shapes[f"batch 3, length {half}"] = (3, half)
         shapes["1 row"] = (1, None)
     else:
         shapes["own shape"] = (None, None)
