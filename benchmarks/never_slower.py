@@ -12,8 +12,13 @@ goes beside every search.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import multiprocessing
+import os
+import queue
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +29,7 @@ from torch import nn
 from kernel_pytorch import KernelPyTorchConfig, UnifiedManager, Workload
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import Mode, Numerics, Step
+from kernel_pytorch.hardware import detect
 
 PARTS = 20
 
@@ -103,36 +109,74 @@ def competitor(stop) -> None:
         stop.wait(2.5)
 
 
+def kinds() -> dict[str, tuple]:
+    identities = tuple(Planted(f"identity_{i}") for i in range(6))
+    return {"identity": identities, "planted": (*identities[:5], Planted("planted", PARTS - 1))}
+
+
+def in_a_process(kind: str, seed: int, args: argparse.Namespace, slots: queue.Queue[str]) -> dict:
+    """Run one search in a process of its own, on cores of its own where several run at a time."""
+    cores = slots.get()
+    try:
+        command = [sys.executable, __file__, "-o", str(args.output), "--one", kind, str(seed)]
+        command += ["--budget", str(args.budget), "--isolation", args.isolation]
+        pinned = ["taskset", "--cpu-list", cores, *command] if cores else command
+        done = subprocess.run(pinned, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        return json.loads(done.stdout.splitlines()[-1])
+    finally:
+        slots.put(cores)
+
+
+def summary(searches: dict[str, list], args: argparse.Namespace, cores: int) -> dict:
+    identity, planted = searches["identity"], searches["planted"]
+    return {
+        "device": detect().key,
+        "identity_searches": len(identity),
+        "identity_kept": sum(r["chosen"] == "unmodified" for r in identity),
+        "planted_searches": len(planted),
+        "planted_found": sum("planted" in r["chosen"] for r in planted),
+        "planted_ratio": PARTS / (PARTS - 1),
+        "candidates_tried": sum(r["trials"] for r in (*identity, *planted)),
+        "competing_load": args.load,
+        "budget_s": args.budget,
+        "searches_at_a_time": args.jobs,
+        "cores_a_search": cores,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("-n", "--searches", type=int, default=50, help="of each kind")
-    parser.add_argument("--budget", type=float, default=6.0, help="seconds a search")
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds a search")
     parser.add_argument("--isolation", choices=("process", "none"), default="none")
     parser.add_argument("--load", action="store_true", help="with a competing process that comes and goes")
+    parser.add_argument("--jobs", type=int, default=1, help="searches at a time, each on its share of the cores")
+    parser.add_argument("--one", nargs=2, metavar=("KIND", "SEED"), help="run one search and print its row")
     args = parser.parse_args()
-    identities = tuple(Planted(f"identity_{i}") for i in range(6))
-    kinds = {"identity": identities, "planted": (*identities[:5], Planted("planted", PARTS - 1))}
-    done = json.loads(args.output.read_text()) if args.output.exists() else {"searches": {k: [] for k in kinds}}
+    if args.one:
+        print(json.dumps(one_search(kinds()[args.one[0]], int(args.one[1]), args.budget, args.isolation)))
+        return
+    done = json.loads(args.output.read_text()) if args.output.exists() else {"searches": {k: [] for k in kinds()}}
     stop = multiprocessing.get_context("spawn").Event()
     if args.load:
         multiprocessing.get_context("spawn").Process(target=competitor, args=(stop,), daemon=True).start()
-    for i in range(args.searches):
-        for kind, transforms in kinds.items():
-            rows = done["searches"][kind]
-            if len(rows) > i:
-                continue
-            rows.append(one_search(transforms, i, args.budget, args.isolation))
-            print(kind, rows[-1], flush=True)
-            done["summary"] = {
-                "identity_searches": len(done["searches"]["identity"]),
-                "identity_kept": sum(r["chosen"] == "unmodified" for r in done["searches"]["identity"]),
-                "planted_searches": len(done["searches"]["planted"]),
-                "planted_found": sum("planted" in r["chosen"] for r in done["searches"]["planted"]),
-                "planted_ratio": PARTS / (PARTS - 1),
-                "competing_load": args.load,
-                "budget_s": args.budget,
-            }
+    slots: queue.Queue[str] = queue.Queue()
+    share = max(1, (os.cpu_count() or 1) // args.jobs)
+    for i in range(args.jobs):
+        slots.put(f"{i * share}-{(i + 1) * share - 1}" if args.jobs > 1 else "")
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        pending = {}
+        for seed in range(args.searches):
+            for kind in kinds():
+                if all(r["seed"] != seed for r in done["searches"][kind]):
+                    pending[pool.submit(in_a_process, kind, seed, args, slots)] = kind
+        for future in concurrent.futures.as_completed(pending):
+            done["searches"][pending[future]].append(future.result())
+            print(pending[future], future.result(), flush=True)
+            done["summary"] = summary(done["searches"], args, share)
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(done, indent=1) + "\n")
     stop.set()
