@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
+from torch import nn
 
 from kernel_pytorch import KernelPyTorchConfig, UnifiedManager, Workload
 from kernel_pytorch.core.types import Status
@@ -95,8 +98,25 @@ def test_a_mix_of_shapes_is_weighted():
         "small": Case(lambda seed: torch.ones(2, 16), weight=3.0),
         "large": Case(lambda seed: torch.ones(32, 16), weight=1.0),
     }
-    config = KernelPyTorchConfig(budget_s=10.0)
+    config = KernelPyTorchConfig(budget_s=25.0)
     plan = UnifiedManager(config, (Planted("faster", "faster"),)).optimize(Workload(Sleepy, mix)).plan
     assert plan.workload.weights == {"small": 0.75, "large": 0.25}
     assert plan.candidate.label == "faster"
     assert plan.chosen.measurement.baseline_median_ms == pytest.approx(4.0, rel=0.5)
+
+
+class Unseeded(nn.Module):
+    """Other weights each time it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16) * time.time_ns() % 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+def test_a_factory_that_gives_other_weights_each_time_does_not_fail_its_candidates():
+    config = KernelPyTorchConfig(budget_s=10.0, isolation="none")
+    plan = UnifiedManager(config, (Planted("same"), Planted("other"))).optimize(Workload(Unseeded, sleepy_inputs)).plan
+    assert {t.status for t in plan.evidence} == {Status.OK}

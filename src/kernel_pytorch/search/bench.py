@@ -19,6 +19,8 @@ from kernel_pytorch.core.workload import Call, Workload
 
 __all__ = ["Bench", "build", "prepare_bench"]
 
+_SEED_OF_WEIGHTS = 0
+
 
 @dataclass(slots=True)
 class Bench:
@@ -79,8 +81,13 @@ def prepare_bench(
     seed: int,
     transforms: Sequence[Transform] = TRANSFORMS,
 ) -> Bench:
-    """Build the unmodified model and its inputs on the device."""
-    model = workload.model()
+    """Build the unmodified model and its inputs on the device.
+
+    The factory runs under one seed, so that a model with random weights has the same ones in every trial.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED_OF_WEIGHTS)
+        model = workload.model()
     if workload.shares_model or not workload.target:
         model = clone_model(model)  # it is the user's own object: never run what could change it
     model = manager.place(model)

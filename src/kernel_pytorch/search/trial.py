@@ -5,6 +5,7 @@ The one place where a broad `except` is right: a candidate, and the user's own m
 
 from __future__ import annotations
 
+import hashlib
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from kernel_pytorch.core.describe import make_optimizer, training_loss
-from kernel_pytorch.core.program import clone_model, ship, state_bytes
+from kernel_pytorch.core.program import clone_model, ship, state_bytes, state_digest
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import (
     Candidate,
@@ -169,9 +170,17 @@ def _judge(bench: Bench, request: TrialRequest, program: Program) -> NumericsRep
         build=lambda model, candidate, calls: build(bench, model, candidate, calls),
         place=bench.manager.place,
         structural=structural,
-        memo_dir=Path(request.memo_dir) if request.memo_dir else None,
+        memo_dir=_memo(bench, request),
     )
     return judge(subject, level=request.level)
+
+
+def _memo(bench: Bench, request: TrialRequest) -> Path | None:
+    """Return where verdicts on this very model are shared: a factory may give other weights in each trial."""
+    if not request.memo_dir:
+        return None
+    digest = hashlib.sha256(repr(state_digest(bench.model)).encode()).hexdigest()
+    return Path(request.memo_dir) / digest[:16]
 
 
 def _why(report: NumericsReport) -> str:
