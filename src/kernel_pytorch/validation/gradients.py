@@ -52,14 +52,14 @@ def measurable(want: Gradients, floor: float) -> dict[str, torch.Tensor]:
     A parameter counts where the root mean square of its true gradient is above `floor` times that of all: the gradient
     of an attention's `key.bias` is zero by mathematics, and what is computed for it is noise.
     """
-    total = sum(float(g.double().square().sum()) for g in want.by_name.values())
+    total = sum(float(g.abs().double().square().sum()) for g in want.by_name.values())
     count = sum(g.numel() for g in want.by_name.values())
     scale = math.sqrt(total / count) if count else 0.0
     return {n: g for n, g in want.by_name.items() if g.numel() and _rms(g) > floor * scale}
 
 
 def _rms(tensor: torch.Tensor) -> float:
-    return float(tensor.double().abs().square().mean().sqrt())
+    return float(tensor.abs().double().square().mean().sqrt())
 
 
 def gradient_checks(
