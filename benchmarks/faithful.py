@@ -56,18 +56,21 @@ REAL: dict[Mode, tuple[Step, ...]] = {
         Step("dtype", {"to": "float16", "how": "cast"}),
         Step("dtype", {"to": "bfloat16", "how": "autocast"}),
         Step("channels_last"),
-        Step("threads", {"n": 1}),
+        Step("threads", {"count": 1}),
+        Step("attention", {"backend": "math"}),
+        Step("prepack"),
         Step("compile", {"mode": "default"}),
-        Step("regional_compile"),
+        Step("regional_compile", {"block": "BertLayer"}),
     ),
     Mode.TRAINING: (
         Step("dtype", {"to": "bfloat16", "how": "autocast"}),
         Step("channels_last"),
-        Step("threads", {"n": 1}),
+        Step("threads", {"count": 1}),
+        Step("fused_optimizer", {"implementation": "fused"}),
         Step("compile", {"mode": "default"}),
     ),
 }
-COMPILED_MODELS = ("mlp", "tagger", "convnet", "bert")
+COMPILED_MODELS = ("mlp", "tagger", "convnet", "bert", "vae")
 SEEDS = 3
 SEEDS_COMPILED = 1
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import faithful as benchmark
 
 from kernel_pytorch.core.types import Status
 
@@ -17,10 +17,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-
-_spec = importlib.util.spec_from_file_location("benchmark_faithful", ROOT / "benchmarks" / "faithful.py")
-benchmark = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(benchmark)
 
 EAGER = [r for r in benchmark.runs() if "compile" not in r.candidate.label]
 SAMPLE = EAGER[:: max(1, len(EAGER) // 24)]
@@ -37,7 +33,7 @@ def one_thread():
 @pytest.mark.parametrize("run", SAMPLE, ids=lambda run: run.key.replace("/", "-"))
 def test_faithful_candidate_is_accepted(run):
     outcome = benchmark.try_run(run)
-    if outcome.status is Status.FAILED:
+    if outcome.status is Status.FAILED and ("CandidateError" in outcome.reason or "Unsupported dtype" in outcome.reason):
         pytest.skip(outcome.reason)
     assert outcome.status is Status.OK, outcome.reason
 
@@ -46,5 +42,6 @@ def test_artefact_holds_200_runs_and_none_was_rejected():
     (path,) = (ROOT / "benchmarks" / "results").glob("*/faithful.json")
     document = json.loads(path.read_text())
     judged = [r for r in document["rows"] if r["status"] not in ("n/a", "failed")]
+    assert all("Unsupported dtype" in reason for reason in document["not_runnable"])
     assert document["runs"] == len(judged) >= 200
     assert [r["key"] for r in judged if r["status"] != "ok"] == []
