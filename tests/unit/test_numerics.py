@@ -505,37 +505,71 @@ def test_the_users_own_accuracy_is_the_budget_where_given():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_quantised_linear_is_checked_on_its_own_operands():
-    quantization = pytest.importorskip("torchao.quantization")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", ["int8_dynamic", "int8_weight_only", "int4_weight_only"])
+def test_a_quantised_linear_is_checked_on_its_own_operands(scheme, dtype):
+    pytest.importorskip("torchao.quantization")
+    from kernel_pytorch.transforms.quantize import _failure, configuration, quantize_linears
     from kernel_pytorch.validation.kernel import kernel_checks
+
+    if failure := _failure(scheme, "cpu"):
+        pytest.skip(failure)
 
     class Wide(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+            self.up, self.down = nn.Linear(128, 256), nn.Linear(256, 128)
 
         def forward(self, x):
             return self.down(F.relu(self.up(x)))
 
+    def quantised(model: nn.Module) -> Any:
+        copied: Any = clone_model(model).to(dtype)
+        quantize_linears([copied.up, copied.down], configuration(scheme, "cpu"))
+        return copied
+
+    def failed(model: nn.Module) -> list[str]:
+        return [c.name for c in kernel_checks(model, reference, call, Mode.INFERENCE) if not c.passed]
+
     reference = Wide().eval()
-    call = Workload(model=Wide, inputs=lambda seed: torch.randn(8, 64)).call("main", 0)
-    for config in (
-        quantization.Int8WeightOnlyConfig(),
-        quantization.Int8DynamicActivationInt8WeightConfig(),
-    ):
-        good = clone_model(reference)
-        quantization.quantize_(good, config)
-        checks = kernel_checks(good, reference, call, Mode.INFERENCE)
-        assert {c.name for c in checks} == {"up.weight", "up", "down.weight", "down"}
-        assert all(c.passed for c in checks), checks
-        swapped = clone_model(reference)
-        with torch.no_grad():
-            swapped.up.weight[3] *= 1.1
-        quantization.quantize_(swapped, config)
-        bad = [c for c in kernel_checks(swapped, reference, call, Mode.INFERENCE) if not c.passed]
-        assert [c.name for c in bad] == ["up.weight"]
-        assert bad[0].gate is Gate.KERNEL
-        dropped = clone_model(good)
-        dropped.up.bias = None
-        bad = [c for c in kernel_checks(dropped, reference, call, Mode.INFERENCE) if not c.passed]
-        assert "up" in {c.name for c in bad}
+    with torch.no_grad():
+        reference.up.weight[5] *= 0.01  # rows far from the others, and an element far from its row
+        reference.up.weight[7, 3] = 4.0
+    activations = torch.randn(16, 128)
+    activations[:, 11] *= 60
+    call = Workload(model=Wide, inputs=lambda seed: activations).call("main", 0)
+    good = quantised(reference)
+    checks = kernel_checks(good, reference, call, Mode.INFERENCE)
+    inputs = {"up.input", "down.input"} if scheme == "int8_dynamic" else set()
+    assert {c.name for c in checks} == {"up.weight", "up", "down.weight", "down"} | inputs
+    assert all(c.passed and c.gate is Gate.KERNEL for c in checks), checks
+    assert max(c.error for c in checks if c.name in ("up", "down")) < 0.5
+    scaled = clone_model(reference)
+    with torch.no_grad():
+        scaled.up.weight[3] *= 1.1 if scheme != "int4_weight_only" else 1.5
+    assert failed(quantised(scaled)) == ["up.weight"]
+    dropped = clone_model(good)
+    dropped.up.bias = None
+    assert failed(dropped) == ["up"]
+    if scheme != "int4_weight_only":  # whose scales are packed
+        swapped = clone_model(good)
+        swapped.up.weight.scale[[3, 4]] = swapped.up.weight.scale[[5, 3]]
+        assert failed(swapped) == ["up.weight"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_kernel_that_computes_with_other_scales_than_it_stores_is_seen():
+    pytest.importorskip("torchao.quantization")
+    from kernel_pytorch.transforms.quantize import configuration, quantize_linears
+    from kernel_pytorch.validation.kernel import kernel_checks
+
+    reference = nn.Sequential(nn.Linear(64, 128)).eval()
+    call = Workload(model=nn.Identity, inputs=lambda seed: torch.randn(16, 64)).call("main", 0)
+    candidate: Any = clone_model(reference)
+    quantize_linears([candidate[0]], configuration("int8_dynamic", "cpu"))
+    factor = torch.ones(128)
+    factor[3] = 1.001
+    candidate[0].register_forward_hook(lambda module, args, out: out * factor)
+    checks = kernel_checks(candidate, reference, call, Mode.INFERENCE)
+    assert [c.name for c in checks if not c.passed] == ["0"]
