@@ -1,4 +1,4 @@
-"""Write a plan for `nets.py:net` of the current directory: `python make_plan.py DIR [bf16] [FIELD=VALUE ...]`."""
+"""Write a plan for `nets.py:net` of this directory: `python make_plan.py DIR bf16|aoti|none [FIELD=VALUE ...]`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kernel_pytorch.plan.schema import dumps
 
 def main(directory: str, kind: str, *changes: str) -> None:
     workload = load_target("nets.py:net")
-    steps = [Step("dtype", {"to": "bfloat16", "how": "cast"})] if kind == "bf16" else []
+    steps = {"bf16": [Step("dtype", {"to": "bfloat16", "how": "cast"})], "aoti": [Step("aoti")]}.get(kind, [])
     made = plan()
     spec = replace(
         made.workload,
