@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("-n", "--repeats", type=int, default=100, help="of each kind")
     parser.add_argument("--pairs", type=int, default=20)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     manager = manager_for()
     x, weight = torch.randn(512, 192), torch.randn(192, 192)
     cells = {}

@@ -5,7 +5,7 @@ would be a false claim. In the second kind one candidate among them leaves out 1
 
     python benchmarks/never_slower.py -o benchmarks/results/DEVICE/never_slower.json
 
-Resumable: finished searches in the output file are not run again. `--load` runs a competing process that comes and
+The work runs on one thread: it is the search that is tested. Resumable: finished searches in the output file are not run again. `--load` runs a competing process that comes and
 goes beside every search.
 """
 
@@ -121,7 +121,8 @@ def in_a_process(kind: str, seed: int, args: argparse.Namespace, slots: queue.Qu
         command = [sys.executable, __file__, "-o", str(args.output), "--one", kind, str(seed)]
         command += ["--budget", str(args.budget), "--isolation", args.isolation]
         pinned = ["taskset", "--cpu-list", cores, *command] if cores else command
-        done = subprocess.run(pinned, capture_output=True, text=True, check=False)
+        alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(pinned, capture_output=True, text=True, check=False, env=alone)
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
         return json.loads(done.stdout.splitlines()[-1])
