@@ -5,8 +5,8 @@ would be a false claim. In the second kind one candidate among them leaves out 1
 
     python benchmarks/never_slower.py -o benchmarks/results/DEVICE/never_slower.json
 
-The work runs on one thread: it is the search that is tested. Resumable: finished searches in the output file are not run again. `--load` runs a competing process that comes and
-goes beside every search.
+The work runs on one thread: it is the search that is tested. Resumable: finished searches in the output file are
+not run again. `--load` runs a competing process that comes and goes beside every search.
 """
 
 from __future__ import annotations
