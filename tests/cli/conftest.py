@@ -36,6 +36,25 @@ SOURCE = """
             model.second.bias += 0.5
         return model, x
 
+    def early():
+        model, x = net()
+        with torch.no_grad():
+            model.first.weight[3, 3] += 0.5
+        return model, x
+
+    class Renamed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+
+        def forward(self, x):
+            return self.body(x)
+
+    def renamed():
+        model, x = Renamed(), net()[1]
+        model.body.load_state_dict(dict(zip(model.body.state_dict(), net()[0].state_dict().values())))
+        return model, x
+
     def wide():
         return Net(32), torch.randn(4, 8)
 

@@ -149,15 +149,24 @@ def test_a_plan_that_keeps_the_model_holds(kpt, files):
     assert "holds" in done.out
 
 
-def test_validate_tells_equal_from_different(kpt):
-    same = kpt("validate", "nets.py:net", "nets.py:net", "--level", "quick", "--format", "json")
-    assert same.code == 0, same.err
-    assert json.loads(same.out)["same"]
-    other = kpt("validate", "nets.py:net", "nets.py:shifted", "--level", "quick", "--format", "json")
-    assert other.code == 1, other.err
-    told = json.loads(other.out)
-    assert not told["same"]
-    assert any(not c["passed"] for c in told["checks"])
+@pytest.mark.parametrize(
+    ("other", "code", "where"),
+    [
+        ("net", 0, ""),
+        ("renamed", 0, ""),
+        ("shifted", 1, "second"),
+        ("early", 1, "first"),
+        ("wide", 1, "first"),
+    ],
+)
+def test_validate_tells_equal_from_different_and_where_they_part(kpt, other, code, where):
+    done = kpt("validate", "nets.py:net", f"nets.py:{other}", "--level", "quick", "--format", "json")
+    assert done.code == code, done.err
+    told = json.loads(done.out)
+    assert told["same"] is (code == 0)
+    assert told["diverged_at"] == where
+    assert any(not c["passed"] for c in told["checks"]) is bool(code)
+    assert any("Renamed" in sentence for sentence in told["unchecked"]) is (other == "renamed")
 
 
 def test_eject_prints_source_or_writes_it(kpt, files):

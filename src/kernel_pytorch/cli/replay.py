@@ -148,7 +148,7 @@ def validate(
         from kernel_pytorch.core.config import KernelPyTorchConfig
         from kernel_pytorch.core.targets import load_target
         from kernel_pytorch.plan.schema import plain
-        from kernel_pytorch.validation.unified_validator import UnifiedValidator
+        from kernel_pytorch.validation.unified_validator import UnifiedValidator, first_divergence
 
         config = KernelPyTorchConfig(max_error=max_error, seed=seed)
         models = []
@@ -161,7 +161,10 @@ def validate(
         reports = {
             name: validator.validate(candidate, reference, first.call(name, seed), level=level) for name in first.cases
         }
-        report = _merged(reports)
+        report = _function_only(_merged(reports))
+        if not report.passed and not report.diverged_at:
+            found = (first_divergence(candidate, reference, first.call(n, seed), tolerance=max_error) for n in reports)
+            report = replace(report, diverged_at=next(filter(None, found), ""))
 
     def data() -> dict[str, Any]:
         return {
@@ -180,6 +183,17 @@ def validate(
 
     emit(form, data, text)
     return 0 if report.passed else 1
+
+
+def _function_only(report: NumericsReport) -> NumericsReport:
+    """Return the report without what two models may differ in and still be one function: class and parameter names."""
+    names = [c for c in report.checks if c.name.partition(" ")[0] in ("class", "state_dict") and not c.passed]
+    said = tuple(f"{c.name} {c.detail} (of the candidate; it makes no other function)" for c in names)
+    return replace(
+        report,
+        checks=tuple(c for c in report.checks if c not in names),
+        unchecked=(*report.unchecked, *dict.fromkeys(said)),
+    )
 
 
 def _merged(reports: dict[str, NumericsReport]) -> NumericsReport:
