@@ -15,6 +15,7 @@ from kernel_pytorch.core.config import KernelPyTorchConfig
 from kernel_pytorch.core.program import begin, clone_model, ship
 from kernel_pytorch.core.types import Candidate, Gate, Mode, NumericsReport, Step
 from kernel_pytorch.core.workload import Workload, as_workload
+from kernel_pytorch.errors import CandidateError, ModelError
 from kernel_pytorch.validation.numerics import Subject, judge
 
 
@@ -573,3 +574,133 @@ def test_a_kernel_that_computes_with_other_scales_than_it_stores_is_seen():
     candidate[0].register_forward_hook(lambda module, args, out: out * factor)
     checks = kernel_checks(candidate, reference, call, Mode.INFERENCE)
     assert [c.name for c in checks if not c.passed] == ["0"]
+
+
+class Bag(nn.Module):
+    """Offsets must increase from 0: most values that a variation draws for them are refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.out = nn.EmbeddingBag(50, 8, mode="sum"), nn.Linear(8, 3)
+
+    def forward(self, ids, offsets):
+        return self.out(self.bag(ids, offsets))
+
+
+def test_inputs_of_ours_that_the_model_refuses_are_not_held_against_it():
+    ids = torch.randint(0, 50, (20,))
+    workload = as_workload((Bag().eval(), (ids, torch.tensor([0, 5, 9, 14]))))
+    report = judged("", wrap("same", lambda inner: inner), workload=workload)
+    assert report.passed, report.worst
+    wrong = judged("", wrap("scaled", lambda inner: lambda *a: inner(*a) * 1.001), workload=workload)
+    assert not wrong.passed
+
+
+class Checksum(nn.Module):
+    """Takes one set of ids only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 8)
+
+    def forward(self, ids):
+        if int(ids.sum()) != 50 * 49 // 2:
+            raise ValueError("other ids")
+        return self.words(ids)
+
+
+def test_a_model_that_refuses_every_variation_is_judged_on_its_own_inputs():
+    workload = as_workload((Checksum().eval(), torch.randperm(50).view(5, 10)))
+    report = judged("", wrap("same", lambda inner: inner), workload=workload, level="quick")
+    assert report.passed, report.worst
+    assert any("other values than the workload's own inputs" in why for why in report.unchecked)
+
+
+def test_float_inputs_of_a_convolution_are_lifted():
+    workload = as_workload((nn.Conv1d(3, 4, 3).eval(), torch.randn(2, 3, 16)))
+    assert not judged("", workload=workload).unchecked
+
+
+def test_inputs_of_the_workload_that_the_model_refuses_are_the_models_error():
+    workload = Workload(model=Bag, inputs=lambda seed: (torch.arange(20), torch.tensor([3, 1, 9])))
+    with pytest.raises(ModelError, match="the unmodified model raises at call 1"):
+        judged("", workload=workload)
+
+
+class Refuses64:
+    """A step that packs fp32 weights: it refuses others, as oneDNN does."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def __call__(self, program) -> None:
+        linears = [m for m in program.model.modules() if isinstance(m, nn.Linear)]
+        if any(m.weight.dtype is not torch.float32 for m in linears):
+            raise CandidateError("pack: only float32 weights")
+        halves = [(m, (m.weight * self.factor).chunk(2, 1)) for m in linears]
+        for m, (left, right) in halves:
+            m.forward = lambda x, m=m, left=left, right=right: (  # type: ignore[method-assign]
+                F.linear(x[..., : left.shape[1]], left, m.bias) + F.linear(x[..., left.shape[1] :], right)
+            )
+
+
+@pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (1.0 + 3e-5, False)])
+def test_a_step_that_refuses_fp64_is_judged_in_fp32(factor, passes):
+    report = judged("bert", Change("pack", Refuses64(factor)))
+    assert report.passed is passes, report.worst
+    assert any("only float32 weights" in why for why in report.unchecked)
+    kept = [c for c in report.checks if c.gate is Gate.STRUCTURE]
+    assert kept
+    assert all(1e-6 <= c.budget <= 1e-4 for c in kept if c.budget)
+
+
+def test_few_samples_of_a_large_batch_are_computed_in_fp64_and_the_others_are_still_compared(monkeypatch):
+    from kernel_pytorch.validation import oracle
+
+    sizes: list[int] = []
+    lifted = oracle.Oracle._lifted
+
+    def counted(self, call, seed):
+        sizes.append(len(call.args[0]))
+        return lifted(self, call, seed)
+
+    monkeypatch.setattr(oracle.Oracle, "_lifted", counted)
+
+    def inputs(seed: int):
+        return torch.randn(16, 12, generator=torch.Generator().manual_seed(seed))
+
+    class Rows(nn.Module):
+        def __init__(self, *, mixing: bool = False) -> None:
+            super().__init__()
+            self.out, self.mixing = nn.Linear(12, 8), mixing
+
+        def forward(self, x):
+            y = self.out(x)
+            return y - y.mean(0) if self.mixing else y
+
+    workload = Workload(model=Rows, inputs=inputs)
+    assert judged("", workload=workload).passed
+    assert set(sizes) == {4}
+
+    def spoil(inner):
+        def call(x):
+            y = inner(x).clone()
+            y[7] *= 1.01  # none of the four
+            return y
+
+        return call
+
+    wrong = judged("", wrap("row", spoil), workload=workload, level="quick")
+    assert gate_of(wrong) is Gate.PRECISION
+    sizes.clear()
+    assert judged("", workload=Workload(model=lambda: Rows(mixing=True), inputs=inputs)).passed
+    assert set(sizes) == {16}
+
+
+def test_the_error_is_told_where_an_earlier_gate_failed():
+    def scaled(inner):
+        return lambda *a, **k: torch.utils._pytree.tree_map(lambda t: t * 1.001, inner(*a, **k))
+
+    report = judged("bert", wrap("scaled", scaled))
+    assert gate_of(report) is Gate.STRUCTURE
+    assert report.max_rel_error == pytest.approx(1e-3, rel=0.05)

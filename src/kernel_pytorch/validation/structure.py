@@ -39,6 +39,7 @@ _FP32 = 1e-4
 _FP32_LEAST = 1e-6
 _HARD_CASTS = 20.0
 _COMPILED_ROWS = 4
+_UNLIFTED = "{}: its structure at high precision, for it does not run there"
 
 
 @dataclass(slots=True)
@@ -105,13 +106,13 @@ def _with_casts_lifted(trial: _Trial) -> Verdict:
     failed = [c for c in verdict.checks if not c.passed]
     if not failed or not (watch.seen or any(c.name in ("applies", "runs") for c in failed)):
         return verdict
-    return Verdict(unchecked=[f"{trial.part.label}: its structure at high precision, for it does not run there"])
+    return Verdict(unchecked=[_UNLIFTED.format(trial.part.label)])
 
 
 def _memoised(
     subject: Subject, oracle: Oracle, part: Candidate, level: str, *, compiled: bool, casting: bool = False
 ) -> Verdict:
-    trial = _Trial(subject, oracle, part, level, compiled=compiled)
+    trial = _Trial(subject, oracle, part, level, compiled=compiled, casting=casting)
     judged: Callable[[], Verdict] = (lambda: _with_casts_lifted(trial)) if casting else trial.run
     key = f"structure {oracle.identity} {subject.config.seed} {level} {part.label}"
     return Verdict.from_dict(oracle.memo.get(key, lambda: judged().as_dict()))
@@ -183,8 +184,11 @@ def _precise(precision: str, *, compiled: bool) -> ExitStack:
 class _Trial:
     """One structural sub-candidate against the perturbed reference."""
 
-    def __init__(self, subject: Subject, oracle: Oracle, part: Candidate, level: str, *, compiled: bool) -> None:
+    def __init__(
+        self, subject: Subject, oracle: Oracle, part: Candidate, level: str, *, compiled: bool, casting: bool
+    ) -> None:
         self.subject, self.oracle, self.part, self.level, self.compiled = subject, oracle, part, level, compiled
+        self.casting = casting
         self.mode, self.seed = subject.config.mode, subject.config.seed
         self.verdict = Verdict()
         self.fp32 = ""
@@ -200,6 +204,8 @@ class _Trial:
         want = self._want(calls, small=dynamic)
         if want is None:
             return self.verdict
+        if self.casting and want.precision == "fp32":  # where casts are not lifted, and cost what they cost
+            return Verdict(unchecked=[_UNLIFTED.format(self.part.label)])
         for i in sorted(set(range(len(calls))) - set(want.accepted)):
             self.verdict.unchecked.append(f"inputs {calls[i].name!r}: the unmodified model does not take them")
         accepted = [calls[i] for i in want.accepted]

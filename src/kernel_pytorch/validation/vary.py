@@ -77,6 +77,13 @@ def _is_mask(value: torch.Tensor) -> bool:
     return 1 < distinct <= _FEW and value.numel() > 2 * distinct
 
 
+def _is_ordered(value: torch.Tensor) -> bool:
+    """Return whether integers ascend in one dimension: offsets and positions, which mean something else reordered."""
+    if value.dim() != 1 or value.numel() <= 2 or value.dtype == torch.bool:
+        return False
+    return bool((value[1:] >= value[:-1]).all())
+
+
 def zero_dropout(model: nn.Module) -> None:
     """Set every dropout probability of a model to zero, in place: those of modules, and float attributes so named."""
     for module in model.modules():
@@ -110,7 +117,7 @@ def redrawn(call: Call, seed: int) -> Call:
             if plain.is_floating_point():
                 near = near.clamp(plain.min(), plain.max())
             return near.requires_grad_(leaf.requires_grad)
-        if plain.dim() == 0:
+        if plain.dim() == 0 or _is_ordered(plain):
             return leaf
         values = plain.unique()  # type: ignore[no-untyped-call]
         if values.numel() > _FEW and plain.dim() > 1:
