@@ -58,8 +58,9 @@ def test_sizes_and_counts():
 def test_speedups_with_their_interval():
     assert figures.interval(Ratio(2.84, 2.79, 2.9)) == "2.84x [2.79, 2.90]"
     assert figures.interval(Ratio(12.34, 12.1, 12.6)) == "12.3x [12.1, 12.6]"
-    assert figures.interval(Ratio(1.57, 0.001, 15_300.0)) == "1.57x [0.00, > 1000]"
+    assert figures.interval(Ratio(1.57, 0.001, 15_300.0)) == "1.57x [< 0.01, > 1000]"
     assert figures.times(math.inf) == "> 1000x"
+    assert figures.times(0.0009) == "< 0.01x"
 
 
 def test_shares():

@@ -12,7 +12,7 @@ from kernel_pytorch.catalog import apply_candidate
 from kernel_pytorch.core.program import begin, plain_call, ship
 from kernel_pytorch.core.types import Candidate, Mode, Step
 from kernel_pytorch.core.workload import Call
-from kernel_pytorch.errors import InputsError
+from kernel_pytorch.errors import CandidateError, InputsError
 from kernel_pytorch.transforms import aoti
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
@@ -33,6 +33,12 @@ def test_only_a_known_signature_reaches_a_package() -> None:
     for other in (torch.ones(3, 8), torch.ones(32, 8), torch.ones(16, 8, dtype=torch.float64)):
         with pytest.raises(ValueError, match="no package was traced"):
             run(other)
+
+
+def test_without_example_inputs_it_is_refused_and_not_at_every_call() -> None:
+    with pytest.raises(CandidateError, match="example inputs") as caught:
+        apply_candidate(begin(net(), Mode.INFERENCE, {}), AOTI)
+    assert "inputs=" in caught.value.fix
 
 
 @pytest.mark.slow

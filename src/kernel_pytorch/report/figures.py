@@ -22,6 +22,8 @@ __all__ = [
 
 _MOST_TIMES = 1000.0
 """No machine makes a model a thousand times faster; an interval of two samples may still reach that far."""
+_LEAST_TIMES = 0.01
+"""Slower than this is no figure to compare: a tiny model whose threads wait for a busy core, say."""
 
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -44,6 +46,8 @@ def times(value: float) -> str:
     """Write a speed-up: `2.84x`."""
     if value > _MOST_TIMES:
         return f"> {_MOST_TIMES:.0f}x"
+    if value < _LEAST_TIMES:
+        return f"< {_LEAST_TIMES}x"
     return f"{number(value)}x" if value >= 10 else f"{value:.2f}x"
 
 

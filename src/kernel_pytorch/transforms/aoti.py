@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
-from kernel_pytorch.errors import InputsError
+from kernel_pytorch.errors import CandidateError, InputsError
 from kernel_pytorch.transforms.compile import Compile, needs_compiler
 from kernel_pytorch.transforms.plain_source import plain_source
 from kernel_pytorch.transforms.scoped import inside_settings, settings_of
@@ -146,6 +146,8 @@ class Aoti:
 
     def apply(self, program: Program, step: Step) -> Program:
         """Package each case, or load packages of these very weights where that is trusted."""
+        if not program.calls:
+            raise CandidateError("a package is made for example inputs", fix="pass them: inputs=(x,)")
         refuse_untraceable(program, step)
         directory = program.artifact_dir
         if directory is None:
