@@ -29,6 +29,7 @@ setup: $(STAMP)  ## virtual environment with everything; quick when nothing chan
 
 check: setup  ## lint, types and layers, without running anything
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
