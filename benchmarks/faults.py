@@ -110,7 +110,8 @@ def run(groups: list[list[Attempt]], rows: dict[str, dict[str, Any]], path: Path
                         f"[{number + 1}/{len(groups)}] {attempt.key}: {'NOT SEEN' if note is False else note}"
                         f" {row.get('gate', '')} {row.get('check', '')} {row.get('detail', '')[:100]}"
                         f" ({row.get('seconds', 0)} s)",
-                        file=sys.stderr, flush=True,
+                        file=sys.stderr,
+                        flush=True,
                     )
                 if row["status"] != "n/a":
                     break

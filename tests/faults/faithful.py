@@ -152,8 +152,13 @@ FAITHFUL: tuple[Faithful, ...] = (
     Faithful("rewritten_norm", "LayerNorm and RMSNorm by elementary operations", _rewritten_norm),
     Faithful("folded_norm", "BatchNorm as one multiply-add", _folded_norm, modes=frozenset({Mode.INFERENCE})),
     Faithful("fused_projections", "query, key and value by one product", _fused_projections),
-    Faithful("recomputed", "the forward computed again in the backward", _recomputed, Numerics.EXACT,
-             frozenset({Mode.TRAINING})),
+    Faithful(
+        "recomputed",
+        "the forward computed again in the backward",
+        _recomputed,
+        Numerics.EXACT,
+        frozenset({Mode.TRAINING}),
+    ),
     Faithful("fused_adamw", "AdamW in one kernel", _swapped_optimizer, modes=frozenset({Mode.TRAINING})),
     Faithful("low_linear", "linear layers in bfloat16", _low_linear, Numerics.LOWER_PRECISION),
 )

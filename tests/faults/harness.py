@@ -71,9 +71,7 @@ class Attempt:
         return Candidate((BY_NAME[self.fault].step(self.size), *companions(self.combination, self.mode)))
 
 
-def attempts(
-    faults: Sequence[str], models: Sequence[str], combinations: Sequence[str] = ("alone",)
-) -> list[Attempt]:
+def attempts(faults: Sequence[str], models: Sequence[str], combinations: Sequence[str] = ("alone",)) -> list[Attempt]:
     """Return the cells in which a fault may apply."""
     return [
         Attempt(name, size, model, mode, combination)

@@ -91,9 +91,7 @@ class Tagger(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> Tags:
         x = self.embed(tokens)
-        q, k, v = (
-            f(x).unflatten(-1, (4, 8)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (f(x).unflatten(-1, (4, 8)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = self.norm1(x + self.out_proj(mixed))
         x = self.norm2(x + self.down(F.gelu(self.up(x))))
@@ -145,8 +143,13 @@ def _bert(mode: Mode) -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM, BertModel
 
     config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=40, initializer_range=0.15,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=40,
+        initializer_range=0.15,
     )
     return BertForMaskedLM(config) if mode is Mode.TRAINING else BertModel(config)
 
@@ -154,11 +157,20 @@ def _bert(mode: Mode) -> nn.Module:
 def _llama(mode: Mode) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=64, max_position_embeddings=40, tie_word_embeddings=True, use_cache=False,
-        initializer_range=0.15,
-    ))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=40,
+            tie_word_embeddings=True,
+            use_cache=False,
+            initializer_range=0.15,
+        )
+    )
 
 
 def _plain(cls: type[nn.Module], mode: Mode) -> nn.Module:
@@ -276,17 +288,23 @@ MODELS: dict[str, Family] = {
     "llama": Family(_llama, partial(_text, 10, masked=False), sequence=True),
     "convnet": Family(partial(_plain, ConvNet), _images, partial(_classify, "images", _itself), _sgd),
     "lstm": Family(
-        partial(_plain, Recurrent), partial(_sequence, VOCABULARY, "tokens"),
-        partial(_classify, "tokens", _first), sequence=True,
+        partial(_plain, Recurrent),
+        partial(_sequence, VOCABULARY, "tokens"),
+        partial(_classify, "tokens", _first),
+        sequence=True,
     ),
     "mlp": Family(partial(_plain, Mlp), partial(_rows, "x", (6, 24), (6, 48)), partial(_regress, "x", _itself)),
     "tagger": Family(
-        partial(_plain, Tagger), partial(_sequence, 9, "tokens"), partial(_classify, "tokens", _logits),
+        partial(_plain, Tagger),
+        partial(_sequence, 9, "tokens"),
+        partial(_classify, "tokens", _logits),
         sequence=True,
     ),
     "spectral": Family(
-        partial(_plain, Spectral), partial(_rows, "signal", (3, 16, 2), (3, 16, 3)),
-        partial(_regress, "signal", _first), sequence=True,
+        partial(_plain, Spectral),
+        partial(_rows, "signal", (3, 16, 2), (3, 16, 3)),
+        partial(_regress, "signal", _first),
+        sequence=True,
     ),
     "vae": Family(partial(_plain, Variational), partial(_rows, "x", (5, 20), (5, 20)), _evidence),
 }

@@ -639,8 +639,10 @@ class Refuses64:
             raise CandidateError("pack: only float32 weights")
         halves = [(m, (m.weight * self.factor).chunk(2, 1)) for m in linears]
         for m, (left, right) in halves:
-            m.forward = lambda x, m=m, left=left, right=right: (  # type: ignore[method-assign]
-                F.linear(x[..., : left.shape[1]], left, m.bias) + F.linear(x[..., left.shape[1] :], right)
+            m.forward = (
+                lambda x, m=m, left=left, right=right: (  # type: ignore[method-assign]
+                    F.linear(x[..., : left.shape[1]], left, m.bias) + F.linear(x[..., left.shape[1] :], right)
+                )
             )
 
 

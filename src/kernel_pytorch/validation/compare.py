@@ -146,8 +146,10 @@ def flatten(tree: Any, root: str = "output") -> Flat:
 
 def same_bits(a: Flat, b: Flat) -> bool:
     """Return whether two trees of one structure hold the same values; NaN equals nothing."""
-    return a.kinds == b.kinds and a.scalars == b.scalars and all(
-        a.tensors[k].shape == v.shape and torch.equal(a.tensors[k], v) for k, v in b.tensors.items()
+    return (
+        a.kinds == b.kinds
+        and a.scalars == b.scalars
+        and all(a.tensors[k].shape == v.shape and torch.equal(a.tensors[k], v) for k, v in b.tensors.items())
     )
 
 
@@ -278,9 +280,7 @@ def _row_norms(
     """Return norms of difference, oracle and candidate, and their dot product, by row; `None` if masks disagree."""
     masked = ~want.isfinite() | (want.abs() > _SENTINEL)
     if masked.any():
-        agree = (got == want) | (got.isnan() & want.isnan()) | (
-            (got.abs() > _SENTINEL) & (got.sign() == want.sign())
-        )
+        agree = (got == want) | (got.isnan() & want.isnan()) | ((got.abs() > _SENTINEL) & (got.sign() == want.sign()))
         if not bool(agree[masked].all()):
             return None
         got, want = got.masked_fill(masked, 0.0), want.masked_fill(masked, 0.0)

@@ -89,9 +89,7 @@ def _repeats(
 
 
 def _state(got: Observed, want: Observed, case: str, tolerance: float) -> list[Check]:
-    mine, theirs = (
-        {k for k in seen.changed if not k.startswith("module ")} for seen in (got, want)
-    )
+    mine, theirs = ({k for k in seen.changed if not k.startswith("module ")} for seen in (got, want))
     modules = [k for k in got.changed if k.startswith("module ") and k not in want.changed]
     checks = []
     if modules:

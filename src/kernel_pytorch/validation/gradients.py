@@ -63,8 +63,15 @@ def _rms(tensor: torch.Tensor) -> float:
 
 
 def gradient_checks(
-    got: Gradients, want: Gradients, *, gate: Gate, floor: float, budget: float,
-    budgets: Mapping[str, float] | None = None, whole: bool = False, case: str = "",
+    got: Gradients,
+    want: Gradients,
+    *,
+    gate: Gate,
+    floor: float,
+    budget: float,
+    budgets: Mapping[str, float] | None = None,
+    whole: bool = False,
+    case: str = "",
 ) -> list[Check]:
     """Compare loss and gradients with the oracle's.
 

@@ -37,8 +37,14 @@ def _recorded(model: nn.Module, outputs: dict[str, Flat]) -> Iterator[None]:
 
 
 def first_difference(
-    candidate: nn.Module, call_candidate: Callable[..., Any], reference: nn.Module, call: Call, mode: Mode,
-    *, seed: int = 0, tolerance: float,
+    candidate: nn.Module,
+    call_candidate: Callable[..., Any],
+    reference: nn.Module,
+    call: Call,
+    mode: Mode,
+    *,
+    seed: int = 0,
+    tolerance: float,
 ) -> str:
     """Return the path of the first module, in order of completion, whose output parts from the reference's.
 

@@ -48,8 +48,11 @@ class _Report:
     def done(self) -> NumericsReport:
         ordered = sorted(self.checks, key=lambda c: -(c.error / c.budget if c.budget else c.error))
         return NumericsReport(
-            checks=tuple(ordered), unchecked=tuple(dict.fromkeys(self.unchecked)), diverged_at=self.diverged_at,
-            cosine=self.cosine, noise=self.noise,
+            checks=tuple(ordered),
+            unchecked=tuple(dict.fromkeys(self.unchecked)),
+            diverged_at=self.diverged_at,
+            cosine=self.cosine,
+            noise=self.noise,
         )
 
 
@@ -160,9 +163,7 @@ def _randomness(subject: Subject, oracle: Oracle, report: _Report, case: str) ->
     report.checks += randomness_checks(got, want, case, tolerance=subject.config.max_error)
 
 
-def _precision(
-    subject: Subject, oracle: Oracle, report: _Report, seen: dict[str, Observed], low: list[Step]
-) -> None:
+def _precision(subject: Subject, oracle: Oracle, report: _Report, seen: dict[str, Observed], low: list[Step]) -> None:
     evaluated = subject.workload.evaluate is not None
     for case, got in seen.items():
         if oracle.observed(case).drew:

@@ -107,8 +107,15 @@ class Oracle:
     """
 
     def __init__(
-        self, workload: Workload, reference: nn.Module, mode: Mode, place: Callable[[Any], Any], memo: Memo,
-        *, seed: int = 0, level: str = "standard",
+        self,
+        workload: Workload,
+        reference: nn.Module,
+        mode: Mode,
+        place: Callable[[Any], Any],
+        memo: Memo,
+        *,
+        seed: int = 0,
+        level: str = "standard",
     ) -> None:
         self.workload, self.reference, self.mode, self.place, self.memo = workload, reference, mode, place, memo
         self.seed, self.level = seed, level
@@ -133,6 +140,7 @@ class Oracle:
 
     def _accepted(self, varied: Call, own: Call) -> Call:
         """Return inputs that we varied where the unmodified model takes them, else the workload's own."""
+
         def compute() -> bool:
             def once() -> Flat:
                 return flatten(run(clone_model(self.reference), clone_call(varied), self.mode, self.seed)).frozen()
@@ -167,9 +175,7 @@ class Oracle:
         """
         calls = self.calls(case)
         key = f"observed {self.identity} {case} {self.level} {[(digest_of(c), s) for c, s in calls]}"
-        seen = Observed.from_dict(
-            self.memo.get(key, lambda: self._observe(calls).as_dict())
-        )
+        seen = Observed.from_dict(self.memo.get(key, lambda: self._observe(calls).as_dict()))
         if seen.error:
             raise ModelError(f"the unmodified model raises at {seen.error}")
         for i, flat in enumerate(seen.outputs):

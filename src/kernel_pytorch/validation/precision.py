@@ -15,7 +15,10 @@ from kernel_pytorch.validation.subject import Observed
 __all__ = ["Budgets", "budgets", "declared_dtype", "precision_checks"]
 
 _NAMES = {
-    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
     "half": torch.float16,
 }
 _REORDERED = 20.0
@@ -46,8 +49,12 @@ def _merge(found: list[dict[str, Error]]) -> dict[str, Error]:
     for errors in found:
         for path, error in errors.items():
             old = worst.get(path)
-            worst[path] = error if old is None else Error(
-                max(error.row, old.row), min(error.cosine, old.cosine), error.discrete, error.count + old.count
+            worst[path] = (
+                error
+                if old is None
+                else Error(
+                    max(error.row, old.row), min(error.cosine, old.cosine), error.discrete, error.count + old.count
+                )
             )
     return worst
 

@@ -148,8 +148,11 @@ class _Want:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values."""
         return {
-            "accepted": self.accepted, "precision": self.precision, "seen": self.seen.as_dict(),
-            "budgets": self.budgets, "why": self.why,
+            "accepted": self.accepted,
+            "precision": self.precision,
+            "seen": self.seen.as_dict(),
+            "budgets": self.budgets,
+            "why": self.why,
             "gradients": None if self.gradients is None else self.gradients.as_dict(),
         }
 
@@ -345,18 +348,14 @@ class _Trial:
         out += [floor] * (len(calls) - len(out))
         return out + out[:1]
 
-    def _compare(
-        self, want: _Want, seen: Observed, gradients: Gradients | None, calls: Sequence[_Named]
-    ) -> None:
+    def _compare(self, want: _Want, seen: Observed, gradients: Gradients | None, calls: Sequence[_Named]) -> None:
         checks = self.verdict.checks
         if seen.error:
             self._fail("runs", f"raises at {seen.error}; the unmodified model does not")
             return
         names = [*(c.name for c in calls), f"{calls[0].name}, again"]
         for i, name in enumerate(names):
-            found = structure_checks(
-                seen.outputs[i], want.seen.outputs[i], case=name, gate=Gate.STRUCTURE, lifted=True
-            )
+            found = structure_checks(seen.outputs[i], want.seen.outputs[i], case=name, gate=Gate.STRUCTURE, lifted=True)
             bad = [c for c in found if not c.passed]
             if bad:
                 checks += bad
@@ -393,8 +392,13 @@ class _Trial:
         reference = self._base(want.precision)
         with _precise(want.precision, compiled=False):
             self.verdict.diverged_at = first_difference(
-                built.model, routed(built), reference, _at(named.call, want.precision), self.mode,
-                seed=named.seed, tolerance=max(want.budgets),
+                built.model,
+                routed(built),
+                reference,
+                _at(named.call, want.precision),
+                self.mode,
+                seed=named.seed,
+                tolerance=max(want.budgets),
             )
 
     def _fail(self, name: str, detail: str) -> None:

@@ -80,8 +80,6 @@ def routed(program: Program) -> nn.Module:
     return program.model
 
 
-
-
 def run(model: Callable[..., Any], call: Call, mode: Mode, seed: int) -> Any:
     """Call a model once under a seed, with gradients only in training; the call's tensors are passed as they are."""
     with seeded(seed), torch.set_grad_enabled(mode is Mode.TRAINING):
@@ -135,8 +133,10 @@ def _generator_states() -> tuple[bytes, ...]:
 
 
 def _differs(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num()) if a.is_floating_point() else (
-        not torch.equal(a, b)
+    return (
+        a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num())
+        if a.is_floating_point()
+        else (not torch.equal(a, b))
     )
 
 

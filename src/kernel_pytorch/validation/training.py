@@ -160,8 +160,13 @@ def _optimizer(workload: Workload, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _losses(
-    model: nn.Module, loss: Callable[[Any, Any], torch.Tensor], optimizer: torch.optim.Optimizer, batches: list[Any],
-    *, seed: int, context: Callable[[], Any] = nullcontext,
+    model: nn.Module,
+    loss: Callable[[Any, Any], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    batches: list[Any],
+    *,
+    seed: int,
+    context: Callable[[], Any] = nullcontext,
 ) -> list[float]:
     losses = []
     for i, batch in enumerate(batches):
