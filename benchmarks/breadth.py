@@ -1,7 +1,7 @@
 """Search on every architecture of the suite: each must end in a valid plan, without a crash.
 
-    python benchmarks/breadth.py -o benchmarks/results/DEVICE/breadth.json     # all of it; resumable
-    python benchmarks/breadth.py --sample 6                                     # a sample that rotates by the day
+    python benchmarks/breadth.py              # all of it, into benchmarks/results/DEVICE/breadth.json; resumable
+    python benchmarks/breadth.py --sample 6   # a sample that rotates by the day
 
 An architecture counts only where at least one candidate other than the unmodified model reached the numerics gates.
 One whose library does not import here is listed with the reason and does not count.
@@ -25,6 +25,7 @@ from typing import Any
 
 from architectures import ARCHITECTURES
 
+from kernel_pytorch.hardware import detect
 from kernel_pytorch.plan.store import load_plan
 
 HERE = Path(__file__).resolve().parent
@@ -101,6 +102,8 @@ def main() -> int:
     parser.add_argument("--exclude", nargs="*", default=[], help="transforms not to try")
     parser.add_argument("--jobs", type=int, default=1, help="searches at a time, each on its share of the cores")
     args = parser.parse_args()
+    if not (args.output or args.sample or args.only):
+        args.output = HERE / "results" / detect("cpu").key / "breadth.json"
     names = args.only or list(ARCHITECTURES)
     if args.sample:
         day = dt.datetime.now(dt.UTC).timetuple().tm_yday

@@ -78,6 +78,11 @@ class Planted:
             model.delay_ms *= 0.5
         elif self.what == "slower":
             model.delay_ms *= 2.0
+        elif self.what == "nan":
+            count = iter(range(1, 10**9))
+            program.call = lambda *a: inner(*a) * (float("nan") if next(count) == 3 else 1.0)
+        elif self.what == "crawl":
+            model.delay_ms = 1000.0
         elif self.what == "wrong":
             model.delay_ms = 0.0
             program.call = lambda *a: inner(*a) * 1.01

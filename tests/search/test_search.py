@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernel_pytorch import KernelPyTorchConfig, UnifiedManager, Workload
+from kernel_pytorch import Case, KernelPyTorchConfig, UnifiedManager, Workload
 from kernel_pytorch.core.types import Status
 from kernel_pytorch.errors import KptError
 
@@ -92,8 +92,6 @@ def test_the_budget_is_kept_and_what_was_not_tried_is_said():
 
 
 def test_a_mix_of_shapes_is_weighted():
-    from kernel_pytorch import Case
-
     mix = {
         "small": Case(lambda seed: torch.ones(2, 16), weight=3.0),
         "large": Case(lambda seed: torch.ones(32, 16), weight=1.0),
@@ -120,3 +118,17 @@ def test_a_factory_that_gives_other_weights_each_time_does_not_fail_its_candidat
     config = KernelPyTorchConfig(budget_s=10.0, isolation="none")
     plan = UnifiedManager(config, (Planted("same"), Planted("other"))).optimize(Workload(Unseeded, sleepy_inputs)).plan
     assert {t.status for t in plan.evidence} == {Status.OK}
+
+
+def test_a_nan_in_the_calls_before_validation_is_seen():
+    mix = {"a": Case(sleepy_inputs), "b": Case(sleepy_inputs)}
+    config = KernelPyTorchConfig(budget_s=10.0, isolation="none")
+    plan = UnifiedManager(config, (Planted("nan", "nan"),)).optimize(Workload(Sleepy, mix)).plan
+    assert by_label(plan)["nan"].status is Status.WRONG
+    assert "NaN" in by_label(plan)["nan"].reason
+
+
+def test_what_crawls_is_not_judged():
+    plan = search(Planted("crawl", "crawl"), isolation="none")
+    assert by_label(plan.plan)["crawl"].status is Status.FAILED
+    assert "times the original" in by_label(plan.plan)["crawl"].reason

@@ -6,22 +6,26 @@ The one place where a broad `except` is right: a candidate, and the user's own m
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from kernel_pytorch.core.describe import make_optimizer, training_loss
 from kernel_pytorch.core.program import clone_model, ship, state_bytes, state_digest
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import (
     Candidate,
+    Check,
+    Gate,
     Measurement,
     Numerics,
     NumericsReport,
@@ -29,6 +33,7 @@ from kernel_pytorch.core.types import (
     Step,
     Trial,
 )
+from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.measure.sampler import compare
 from kernel_pytorch.measure.stats import SCREEN_CONFIDENCE, paired_ratio, screen_stop
 from kernel_pytorch.search.bench import Bench, build
@@ -36,6 +41,8 @@ from kernel_pytorch.search.layers import layer_times
 from kernel_pytorch.validation.numerics import Subject, judge
 from kernel_pytorch.validation.recompile import fail_on_recompile_limit
 
+_HOPELESS = 8.0
+"""A candidate that takes so many times the original's time, and a fifth of a second, is not judged."""
 _LEAST_SECONDS = 1.0
 """A case with a small weight is measured at least this long: two pairs bound nothing."""
 
@@ -82,8 +89,8 @@ def run_trial(bench: Bench, request: TrialRequest, make: Callable[[nn.Module], P
             copy = clone_model(bench.model)
             program = make(copy) if make else build(bench, copy, request.candidate)
             shipped = ship(program, bench.model)
-            compile_seconds = _first_call_seconds(bench, shipped)
-            report = _judge(bench, request, program)
+            compile_seconds, wrong = _first_calls(bench, shipped)
+            report = NumericsReport(wrong) if wrong else _judge(bench, request, program)
             trial = Trial(
                 request.candidate,
                 Status.OK if report.passed else Status.WRONG,
@@ -122,22 +129,38 @@ def _deterministic(seed: int) -> Iterator[None]:
         yield
 
 
-def _first_call_seconds(bench: Bench, shipped: nn.Module) -> float:
-    """Run every case twice and return what the first runs took beyond the second: the compile time.
+def _first_calls(bench: Bench, shipped: nn.Module) -> tuple[float, tuple[Check, ...]]:
+    """Run every case twice; return what the first runs took beyond the second (the compile time), and what was NaN.
 
     Buffers that a call updates (BatchNorm statistics) are put back: the validator compares them with the reference's.
+
+    Raises:
+        CandidateError: A call takes so much longer than the unmodified model's that judging it is a waste.
     """
     total = 0.0
-    before = [(b, b.detach().clone()) for b in shipped.buffers()]
+    wrong: list[Check] = []
+    before = [(b, b.detach().clone()) for m in (shipped, bench.model) for b in m.buffers()]
     for case in bench.workload.cases:
-        step = _probe_step(bench, shipped, case)
-        first = bench.manager.time_ms(step)
-        total += max(0.0, first - bench.manager.time_ms(step)) / 1e3
+        step, outputs = _probe_step(bench, shipped, case), []
+        first = bench.manager.time_ms(lambda step=step, out=outputs: out.append(step()))  # type: ignore[misc]
+        second = bench.manager.time_ms(lambda step=step, out=outputs: out.append(step()))  # type: ignore[misc]
+        total += max(0.0, first - second) / 1e3
+        if any(torch.isnan(x).any() for x in pytree.tree_leaves(outputs) if _is_float(x)):
+            wrong.append(Check("finite", Gate.CONTRACT, math.inf, 0.0, "NaN in one of the first calls", case))
+        unmodified = _probe_step(bench, bench.model, case)
+        if second > 200.0 and second > _HOPELESS * min(bench.manager.time_ms(unmodified) for _ in range(2)):
+            raise CandidateError(
+                f"not judged: a call takes {second / 1e3:.1f} s, over {_HOPELESS:g} times the original's"
+            )
     with torch.no_grad():
         for buffer, value in before:
             if not torch.equal(buffer, value):  # `_version` misses what BatchNorm writes
                 buffer.copy_(value)
-    return total
+    return total, tuple(wrong)
+
+
+def _is_float(leaf: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
 def _probe_step(bench: Bench, model: nn.Module, case: str) -> Callable[[], Any]:
