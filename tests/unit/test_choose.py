@@ -51,6 +51,9 @@ def test_confirmation_needs_both_a_gain_and_significance():
 def test_every_loser_has_a_reason_in_words():
     assert "slower than the unmodified" in why_not(trial(A, 0.5), B, 0.02)
     assert "noise" in why_not(trial(A, 1.01, low=0.99), B, 0.02)
-    assert "slower than b" in why_not(trial(A, 1.5), B, 0.02)
+    assert (
+        why_not(trial(A, 1.5), B, 0.02, Ratio(3.0, 2.97, 3.03)) == "100% slower than the choice when both were screened"
+    )
+    assert "ties with the choice" in why_not(trial(AB, 3.0), B, 0.02, Ratio(3.0, 2.97, 3.03))
     assert "not confirmed" in why_not(trial(A, 1.5), Candidate(), 0.02)
     assert why_not(trial(B, 1.5), B, 0.02) == ""

@@ -44,8 +44,15 @@ def is_confirmed(trial: Trial, min_gain: float) -> bool:
     return confirmed(trial.measurement.baseline_samples_ms, trial.measurement.samples_ms, min_gain)
 
 
-def why_not(trial: Trial, chosen: Candidate, min_gain: float) -> str:
-    """Return in words why a trial was not chosen; empty for the chosen one."""
+def why_not(trial: Trial, chosen: Candidate, min_gain: float, screened: Ratio | None = None) -> str:
+    """Return in words why a trial was not chosen; empty for the chosen one.
+
+    Args:
+        trial: The trial.
+        chosen: What was chosen; empty where the unmodified model is kept.
+        min_gain: Smallest gain worth a changed model.
+        screened: Ratio of the chosen candidate when it was screened, as the other trials were.
+    """
     if trial.candidate == chosen or trial.reason or not trial.candidate.steps:
         return trial.reason
     if trial.status is not Status.OK or trial.measurement is None:
@@ -55,9 +62,11 @@ def why_not(trial: Trial, chosen: Candidate, min_gain: float) -> str:
         return "slower than the unmodified model"
     if ratio.low <= 1.0 or ratio.value < 1.0 + min_gain:
         return f"no gain of {min_gain:.0%} or more that the noise allows to see"
-    if chosen.steps:
-        return f"slower than {chosen.label}, or no faster with more steps"
-    return "the gain was not confirmed on fresh samples"
+    if not chosen.steps or screened is None:
+        return "the gain was not confirmed on fresh samples"
+    if cautious(ratio) >= TIE * cautious(screened):
+        return "ties with the choice, which is simpler or was confirmed first"
+    return f"{cautious(screened) / cautious(ratio) - 1.0:.0%} slower than the choice when both were screened"
 
 
 def _ratio(trial: Trial) -> Ratio:

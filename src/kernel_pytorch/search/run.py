@@ -70,7 +70,7 @@ class Search:
             strategy.record(self._try(candidate, "screen"))
             candidate = strategy.next()
         chosen = self._confirm()
-        evidence = tuple(self._explained(t, chosen.candidate) for t in self.evidence)
+        evidence = tuple(self._explained(t, chosen.candidate, strategy) for t in self.evidence)
         reason = f"the budget of {self.config.budget_s:.0f} s was spent"
         return Outcome(chosen, evidence, strategy.untried(reason))
 
@@ -125,10 +125,12 @@ class Search:
         kept = next(t for t in self.evidence if not t.candidate.steps)
         return replace(kept, reason="nothing faster was right and confirmed: the unmodified model is kept")
 
-    def _explained(self, trial: Trial, chosen: Candidate) -> Trial:
-        return (
-            replace(trial, reason=why_not(trial, chosen, self.config.min_gain)) if trial.status is Status.OK else trial
-        )
+    def _explained(self, trial: Trial, chosen: Candidate, strategy: Strategy) -> Trial:
+        if trial.status is not Status.OK:
+            return trial
+        screened = strategy.trials.get(chosen)
+        ratio = screened.measurement.ratio if screened is not None and screened.measurement is not None else None
+        return replace(trial, reason=why_not(trial, chosen, self.config.min_gain, ratio))
 
     def _tell(self, kind: str, message: str, *, trial: Trial | None = None, candidate: Candidate | None = None) -> None:
         elapsed = time.monotonic() - self.started
