@@ -53,9 +53,8 @@ def why_not(trial: Trial, chosen: Candidate, min_gain: float, screened: Ratio | 
         min_gain: Smallest gain worth a changed model.
         screened: Ratio of the chosen candidate when it was screened, as the other trials were.
     """
-    if trial.candidate == chosen or trial.reason or not trial.candidate.steps:
-        return trial.reason
-    if trial.status is not Status.OK or trial.measurement is None:
+    told = trial.candidate == chosen or trial.reason or not trial.candidate.steps
+    if told or trial.status is not Status.OK or trial.measurement is None:
         return trial.reason
     ratio = trial.measurement.ratio
     if ratio.high < 1.0:
