@@ -141,7 +141,8 @@ def _first_calls(bench: Bench, shipped: nn.Module) -> tuple[float, tuple[Check, 
     wrong: list[Check] = []
     before = [(b, b.detach().clone()) for m in (shipped, bench.model) for b in m.buffers()]
     for case in bench.workload.cases:
-        step, outputs = _probe_step(bench, shipped, case), []
+        step = _probe_step(bench, shipped, case)
+        outputs: list[Any] = []
         first = bench.manager.time_ms(lambda step=step, out=outputs: out.append(step()))  # type: ignore[misc]
         second = bench.manager.time_ms(lambda step=step, out=outputs: out.append(step()))  # type: ignore[misc]
         total += max(0.0, first - second) / 1e3
