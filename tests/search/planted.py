@@ -82,7 +82,7 @@ class Planted:
             count = iter(range(1, 10**9))
             program.call = lambda *a: inner(*a) * (float("nan") if next(count) == 3 else 1.0)
         elif self.what == "crawl":
-            model.delay_ms = 1000.0
+            model.delay_ms = 1500.0
         elif self.what == "wrong":
             model.delay_ms = 0.0
             program.call = lambda *a: inner(*a) * 1.01

@@ -18,7 +18,7 @@ WORKLOAD = Workload(Sleepy, sleepy_inputs, name="sleepy")
 
 
 def search(*transforms, **changes):
-    config = KernelPyTorchConfig(**{"budget_s": 12.0, **changes})
+    config = KernelPyTorchConfig(**{"budget_s": 25.0, **changes})
     return UnifiedManager(config, transforms).optimize(WORKLOAD)
 
 
