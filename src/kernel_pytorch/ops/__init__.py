@@ -1,0 +1,1 @@
+"""Fused operations: one package each, with its definition, its kernels and their shapes."""
