@@ -89,7 +89,7 @@ def _replay(
     from kernel_pytorch.catalog import apply_candidate
     from kernel_pytorch.core.describe import check_model as check_sanity
     from kernel_pytorch.core.targets import load_target
-    from kernel_pytorch.plan.apply import check_device, check_model
+    from kernel_pytorch.plan.apply import check_device, check_model, load_compiled
     from kernel_pytorch.search.bench import build, prepare_bench
     from kernel_pytorch.search.trial import TrialRequest, run_trial
 
@@ -104,6 +104,7 @@ def _replay(
     def deployed(model: nn.Module) -> Program:
         program = build(bench, model, Candidate())
         program.artifact_dir, program.trust_artifacts = artifacts, True
+        load_compiled(program, manager.spec)
         return apply_candidate(program, plan.candidate, bench.transforms)
 
     request = TrialRequest(plan.candidate, phase="confirm", seconds=seconds, seed=config.seed)

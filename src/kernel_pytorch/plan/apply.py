@@ -14,15 +14,16 @@ from kernel_pytorch.core.types import DeviceSpec, Mode, Plan
 from kernel_pytorch.core.workload import Call, as_call
 from kernel_pytorch.errors import CandidateError, KptError, ModelError, PlanError
 from kernel_pytorch.hardware import detect
+from kernel_pytorch.plan import compile_cache
 from kernel_pytorch.plan.store import load_plan
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from kernel_pytorch.core.protocols import Transform
+    from kernel_pytorch.core.protocols import Program, Transform
 
-__all__ = ["apply", "check_device", "check_model", "prepare"]
+__all__ = ["apply", "check_device", "check_model", "load_compiled", "prepare"]
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +65,13 @@ def apply(
         raise KptError(f"outside must be 'original' or 'error', got {outside!r}")
     plan, artifacts = _resolve(plan)
     check_model(plan, model)
-    check_device(plan, _here(plan))
+    device = _here(plan)
+    check_device(plan, device)
     copy = clone_model(model)
     copy.train(plan.workload.mode is Mode.TRAINING)
     program = begin(copy, plan.workload.mode, _calls(plan, inputs))
     program.artifact_dir, program.trust_artifacts = deploy_to or artifacts, trust_artifacts
+    load_compiled(program, device)
     program = apply_candidate(program, plan.candidate, transforms)
     fallback = model if plan.candidate.steps else copy
     program.holds.append(fallback)
@@ -111,12 +114,14 @@ def prepare(
     if _has_plan(model):
         raise ModelError("a plan is applied to this model already", fix="kp.restore(model) first")
     check_model(plan, model)
-    check_device(plan, _here(plan))
+    device = _here(plan)
+    check_device(plan, device)
     before = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     program = begin(model, Mode.TRAINING, _calls(plan, inputs), optimizer=optimizer)
     undo = program.undo
     try:
         program.artifact_dir, program.trust_artifacts = artifacts, trust_artifacts
+        load_compiled(program, device)
         program = apply_candidate(program, plan.candidate, transforms)
         if {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)} != before:
             raise CandidateError(f"{plan.candidate} replaces parameters, which would part them from the optimizer")
@@ -125,6 +130,20 @@ def prepare(
             undo.pop()()
         raise
     return ship(program, model), program.optimizer
+
+
+def load_compiled(program: Program, device: DeviceSpec) -> None:
+    """Load the plan's compile cache where it has one that is trusted and fits; else say why it compiles afresh.
+
+    Raises:
+        PlanError: The cache is corrupted.
+    """
+    if program.artifact_dir is None or not compile_cache.present(program.artifact_dir):
+        return
+    skip = compile_cache.load(program.artifact_dir, device, trust=program.trust_artifacts)
+    if skip is not None:
+        program.notes.append(f"compiled afresh: {skip.reason} ({skip.fix})")
+        log.log(logging.WARNING if program.trust_artifacts else logging.INFO, "%s", program.notes[-1])
 
 
 def check_model(plan: Plan, model: nn.Module) -> None:
