@@ -100,3 +100,23 @@ def test_the_bounds_of_steps_add_as_shares_of_the_time():
     both = Candidate((Step("layout"), Step("compile")))
     assert strategy._ceiling(both) == pytest.approx(1 / (1 - 0.5 - 0.2))
     assert strategy._ceiling(Candidate((Step("layout"), Step("half")))) == float("inf")
+
+
+def test_what_pays_inside_compiled_code_only_comes_with_compile_and_is_left_out_where_it_spoils():
+    mask = Fake("mask", "mask")
+    mask.pays_compiled = True
+    known = proposals()
+    both = Proposals((*known.steps, (mask, (Step("mask"),))), ())
+    tried = drive(Strategy(both, {}, 0.02), {"half": 2.0, "compile": 1.2})
+    assert "mask" not in tried
+    assert "half + compile + mask" in tried
+    assert "half + compile" not in tried
+    tried = drive(Strategy(both, {}, 0.02), {"half": 2.0, "compile": 1.2}, wrong=("mask",))
+    assert tried.index("half + compile") == tried.index("half + compile + mask") + 1
+
+
+def test_winners_are_tried_together_and_compiled_before_other_cheap_steps():
+    ceilings = {"half": 3.0, "int8": 2.0}
+    tried = drive(Strategy(proposals(), ceilings, 0.02), {"half": 2.0, "layout": 1.1, "int8": 1.2})
+    assert tried.index("layout + half") < tried.index("int8")
+    assert tried.index("layout + half + compile") < tried.index("int8")

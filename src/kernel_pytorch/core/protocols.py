@@ -71,6 +71,8 @@ class Transform(Protocol):
             `lower_precision` steps by the error of what ships.
         modes: The modes it is for.
         compiles: Whether applying it costs seconds of compilation, so that the search tries it late.
+
+    A class may also say `pays_compiled = True`: what it does pays inside compiled code only, so it is not tried alone.
     """
 
     name: str

@@ -1,10 +1,10 @@
 """Which candidate to try next: cheap single steps first, then compilation on top of what won, then the rest.
 
 Compilation is dear and timing is cheap, so the most promising step of each group that needs no compiler is tried alone
-first. Then the first compile steps are tried on the best of those, then the other cheap steps, then all compile steps
-on the best, then the remaining winners are added to the best candidate so far, then runners-up. A candidate whose
-upper bound cannot reach the smallest gain, that contains a step that was wrong alone, or that has been tried, is not
-tried.
+first. Then the first compile steps are tried on the best of those, with the steps that pay inside compiled code only;
+then the winners together, compiled too; then the other cheap steps, all compile steps on the best, the remaining
+winners added to the best candidate so far, and runners-up. A candidate whose upper bound cannot reach the smallest
+gain, that contains a step that was wrong alone, or that has been tried, is not tried.
 """
 
 from __future__ import annotations
@@ -84,16 +84,21 @@ class Strategy:
         return ""
 
     def _ordered(self) -> Iterator[Candidate]:
-        cheap = [s for t, steps in self.proposals.steps if not t.compiles for s in steps]
+        along = {t.name for t, _ in self.proposals.steps if getattr(t, "pays_compiled", False)}
+        cheap = [s for t, steps in self.proposals.steps if not t.compiles and t.name not in along for s in steps]
+        inside = [steps[0] for t, steps in self.proposals.steps if t.name in along]
         dear = [s for t, steps in self.proposals.steps if t.compiles for s in steps]
         cheap.sort(key=lambda s: -self._ceiling(Candidate((s,))))
         leaders: dict[str, Step] = {}
         for step in cheap:
             leaders.setdefault(self.proposals.transform_of(step).group, step)
         yield from (Candidate((s,)) for s in leaders.values())
-        yield from self._extensions(self._best(c for c in self.trials if all(s in cheap for s in c.steps)), dear[:2])
+        plain = [c for c in self.trials if all(s in cheap for s in c.steps)]
+        yield from self._extensions(self._best(plain), dear[:2], along=inside)
+        yield from self._extensions(self._best(plain), [s for s in cheap if self.gain(Candidate((s,))) > 1.0])
+        yield from self._extensions(self._best(plain), dear[:1], along=inside)
         yield from (Candidate((s,)) for s in cheap)
-        yield from self._extensions(self._best(c for c in self.trials if all(s in cheap for s in c.steps)), dear)
+        yield from self._extensions(self._best(plain), dear, along=inside)
         yield from self._extensions(self._best(self.trials), [s for s in cheap if self.gain(Candidate((s,))) > 1.0])
         yield from self._extensions(self._best(self.trials), [*cheap, *dear], replace=True)
         yield from (Candidate((s,)) for s in dear)
@@ -102,12 +107,23 @@ class Strategy:
         best = max(candidates, key=self.gain, default=Candidate())
         return best if self.gain(best) > 1.0 else Candidate()
 
-    def _extensions(self, base: Candidate, steps: list[Step], *, replace: bool = False) -> Iterator[Candidate]:
-        """Yield `base` with each step added, or put in the place of the step of its group."""
+    def _extensions(
+        self, base: Candidate, steps: list[Step], *, along: list[Step] | None = None, replace: bool = False
+    ) -> Iterator[Candidate]:
+        """Yield `base` with each step added, or put in the place of the step of its group.
+
+        Steps `along` come with it, unless they were seen to spoil a candidate: then it is tried without them.
+        """
         groups = {self.proposals.transform_of(s).group: s for s in base.steps}
         for step in steps:
             group = self.proposals.transform_of(step).group
             if step in base.steps or (group in groups and not replace):
                 continue
             kept = [s for s in base.steps if s is not groups.get(group)]
+            if along:
+                with_them = self.proposals.combine([*kept, *along, step])
+                yield with_them
+                trial = self.trials.get(with_them)
+                if trial is None or trial.status is Status.OK:
+                    continue
             yield self.proposals.combine([*kept, step])

@@ -8,6 +8,7 @@ kernel (quantised operands), precision (what ships against fp64), training (grad
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,11 +16,13 @@ from torch import nn
 from kernel_pytorch.core.program import clone_call, clone_model
 from kernel_pytorch.core.types import Check, Gate, Mode, NumericsReport, Step
 from kernel_pytorch.validation.contract import module_checks, sequence_checks
+from kernel_pytorch.validation.full_size import full_size_checks
 from kernel_pytorch.validation.kernel import kernel_checks
 from kernel_pytorch.validation.oracle import Oracle
 from kernel_pytorch.validation.precision import Budgets, budgets, precision_checks
 from kernel_pytorch.validation.randomness import draws, randomness_checks
 from kernel_pytorch.validation.recompile import compiled_frames, fail_on_recompile_limit, keeps_recompiling
+from kernel_pytorch.validation.shorten import is_large, short_subject
 from kernel_pytorch.validation.structure import structure
 from kernel_pytorch.validation.subject import Memo, Observed, Subject, attempt, observe, run, seeded
 from kernel_pytorch.validation.training import training_checks
@@ -57,7 +60,7 @@ class _Report:
 
 
 def judge(subject: Subject, *, level: str = "standard") -> NumericsReport:
-    """Compare a candidate with the unmodified model.
+    """Compare a candidate with the unmodified model; a large one by a stand-in, and then at full size.
 
     Args:
         subject: The candidate applied, the unmodified model, and how to apply steps to other copies.
@@ -68,6 +71,25 @@ def judge(subject: Subject, *, level: str = "standard") -> NumericsReport:
     """
     if level not in ("quick", "standard", "strict"):
         raise ValueError(f"level must be quick, standard or strict, got {level!r}")
+    if is_large(subject.reference):
+        short, left_out = short_subject(subject)
+        if short is not None:
+            return _judge_by_stand_in(subject, short, left_out, level)
+    return _judge_whole(subject, level)
+
+
+def _judge_by_stand_in(subject: Subject, short: Subject, left_out: str, level: str) -> NumericsReport:
+    report = _judge_whole(short, level)
+    unchecked = (*report.unchecked, left_out)
+    if not report.passed:
+        return replace(report, unchecked=unchecked)
+    exact = all(map(subject.structural, subject.candidate.steps))
+    with fail_on_recompile_limit():
+        checks = full_size_checks(subject, report, exact=exact)
+    return replace(report, checks=(*report.checks, *checks), unchecked=unchecked)
+
+
+def _judge_whole(subject: Subject, level: str) -> NumericsReport:
     report = _Report()
     config = subject.config
     oracle = Oracle(

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from kernel_pytorch.core.workload import Call
 
-__all__ = ["batch_size", "perturb", "redrawn", "resized", "rows_of", "variations", "zero_dropout"]
+__all__ = ["batch_size", "perturb", "redrawn", "resized", "rows_of", "sequence_length", "variations", "zero_dropout"]
 
 _FEW = 3
 """Integer or buffer tensors with at most this many distinct values are masks, not data."""
@@ -145,7 +145,7 @@ def batch_size(call: Call) -> int:
     return sizes.most_common(1)[0][0] if sizes else 0
 
 
-def _length(call: Call) -> tuple[int, bool]:
+def sequence_length(call: Call) -> tuple[int, bool]:
     """Return the size that looks like a sequence length, and whether it is an image side instead."""
     tensors = _tensors(call)
     tokens = Counter(x.shape[1] for x in tensors if x.dim() >= 2 and not x.is_floating_point() and not x.is_complex())
@@ -183,7 +183,7 @@ def rows_of(call: Call, rows: list[int]) -> Call:
 def resized(call: Call, *, batch: int | None = None, length: int | None = None) -> Call:
     """Return a call with another batch size and sequence length (image side), cut or repeated; history dropped."""
     old_batch = batch_size(call)
-    old_length, image = _length(call)
+    old_length, image = sequence_length(call)
 
     def fit(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or leaf.is_nested or leaf.layout is not torch.strided:
@@ -214,7 +214,7 @@ def variations(level: str, seed: int, call: Call) -> list[tuple[str, Call]]:
         call: An example call at the workload's own shapes.
     """
     batch = batch_size(call)
-    length, _ = _length(call)
+    length, _ = sequence_length(call)
     tokens = any(x.dim() >= 2 and not x.is_floating_point() for x in _tensors(call))
     shapes: dict[str, tuple[int | None, int | None]] = {}
     if batch > 1:

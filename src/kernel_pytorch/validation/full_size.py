@@ -1,0 +1,130 @@
+"""What ships beside the unmodified model at full size, for models that are judged in fp64 by a stand-in.
+
+There is no fp64 truth here: both are off by their own rounding, so budgets are a few times the error that the stand-in
+showed. What is looked for is what only the full size brings out: an index that overflows, a tail that is not masked, an
+implementation chosen for this shape alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernel_pytorch.core.describe import make_optimizer
+from kernel_pytorch.core.program import clone_call, clone_model
+from kernel_pytorch.core.types import Check, Gate, Mode, NumericsReport
+from kernel_pytorch.validation.compare import compare_values, flatten, structure_checks, tensor_error
+from kernel_pytorch.validation.contract import module_checks
+from kernel_pytorch.validation.gradients import Gradients, gradient_checks, gradients_of
+from kernel_pytorch.validation.oracle import batch_calls, loss_of
+from kernel_pytorch.validation.subject import Subject, attempt, run
+
+__all__ = ["full_size_checks"]
+
+_TWO_ROUNDINGS = 4.0
+"""Both sides round, and a deep model rounds more often than its stand-in of two blocks."""
+_LEAST = 0.05
+_UPDATE = 5e-2
+"""Error of one optimizer step fed the same gradients: a reordered update in bf16 differs in last bits of the weight."""
+_LOSS = 2e-2
+
+
+def full_size_checks(subject: Subject, short: NumericsReport, *, exact: bool) -> list[Check]:
+    """Compare module, outputs, and in training loss, gradients and one optimizer step, at the workload's own inputs.
+
+    Args:
+        subject: The candidate as it ships and the unmodified model.
+        short: What the stand-in's gates found: its errors set the budgets.
+        exact: Whether no step may change the precision of the state.
+    """
+    checks = module_checks(subject.program.model, subject.reference, subject.config.mode, same_dtypes=exact)
+    if not all(c.passed for c in checks):
+        return checks
+    for case in subject.workload.cases:
+        batch = subject.place(subject.workload.batch(case, subject.config.seed + 1))
+        if subject.config.mode is Mode.TRAINING:
+            checks += _training(subject, short, case, batch)
+        else:
+            checks += _outputs(subject, short, case, batch)
+    return checks
+
+
+def _outputs(subject: Subject, short: NumericsReport, case: str, batch: Any) -> list[Check]:
+    mode, seed = subject.config.mode, subject.config.seed
+    call = batch_calls(subject.workload, subject.reference, mode, batch)
+    want = flatten(run(clone_model(subject.reference), clone_call(call), mode, seed)).frozen()
+    out, error = attempt(lambda: flatten(run(subject.program.model, clone_call(call), mode, seed)).frozen())
+    if error:
+        return [Check("full size", Gate.PRECISION, math.inf, 0.0, f"raises {error}", case)]
+    broken = [c for c in structure_checks(out, want) if not c.passed]
+    if broken:
+        return broken
+    budget = max(subject.config.max_error, _TWO_ROUNDINGS * short.max_rel_error)
+    found = compare_values(out, want, samples=True)
+    return [_check(f"full size {k}", e.row, budget, case) for k, e in found.items() if not e.discrete]
+
+
+def _check(name: str, error: float, budget: float, case: str) -> Check:
+    detail = f"differs by {error:.2g} from the unmodified model's" if not error <= budget else ""
+    return Check(name, Gate.PRECISION, error, budget, detail, case)
+
+
+def _training(subject: Subject, short: NumericsReport, case: str, batch: Any) -> list[Check]:
+    loss, seed, program = loss_of(subject.workload), subject.config.seed, subject.program
+    want = gradients_of(subject.reference, loss, batch, seed)
+    if want.error:
+        return [Check("full size", Gate.TRAINING, math.inf, 0.0, f"the unmodified model raises {want.error}", case)]
+    got = gradients_of(program.model, program.loss or loss, batch, seed)
+    budget = max(_LEAST, _TWO_ROUNDINGS * _typical(short))
+    checks = gradient_checks(
+        got, want, gate=Gate.TRAINING, floor=1e-3, budget=budget, budgets={"loss": _LOSS}, whole=True, case=case,
+    )  # fmt: skip
+    del got
+    if all(c.passed for c in checks):
+        checks.append(_update(subject, want, case))
+    return checks
+
+
+def _typical(short: NumericsReport) -> float:
+    """Return the median error of the stand-in's gradients against fp64."""
+    errors = [c.error for c in short.checks if c.gate is Gate.TRAINING and c.name.startswith("grad ")]
+    return statistics.median(errors) if errors else 0.0
+
+
+def _update(subject: Subject, gradients: Gradients, case: str) -> Check:
+    """Compare one step of both optimizers fed the same gradients; parameters and optimizer are put back."""
+    plain = clone_model(subject.reference)
+    error, worst, where = _stepped(plain, make_optimizer(subject.workload, plain.parameters()), gradients), 0.0, ""
+    program = subject.program
+    held = [p.detach().clone() for p in program.model.parameters()]
+    optimizer = program.optimizer
+    assert optimizer is not None
+    state = copy.deepcopy(optimizer.state_dict())
+    error = error or _stepped(program.model, optimizer, gradients)
+    with torch.no_grad():
+        pairs = zip(program.model.named_parameters(), plain.parameters(), held, strict=True)
+        for (name, mine), theirs, before in pairs:
+            moved = theirs - before
+            if not error and bool(moved.any()):
+                off = tensor_error((mine - before).flatten(), moved.flatten()).row
+                worst, where = (off, name) if not off <= worst else (worst, where)
+            mine.copy_(before)
+    optimizer.load_state_dict(state)
+    if error:
+        return Check("update at full size", Gate.TRAINING, math.inf, 0.0, f"the optimizer raises {error}", case)
+    detail = f"moves {where} by other amounts ({worst:.2g})" if not worst <= _UPDATE else ""
+    return Check("update at full size", Gate.TRAINING, worst, _UPDATE, detail, case)
+
+
+def _stepped(model: nn.Module, optimizer: torch.optim.Optimizer, gradients: Gradients) -> str:
+    for name, parameter in model.named_parameters():
+        mine = gradients.by_name.get(name)
+        parameter.grad = None if mine is None else mine.clone()
+    _, error = attempt(optimizer.step)
+    optimizer.zero_grad(set_to_none=True)
+    return error
