@@ -51,9 +51,9 @@ def main() -> None:
         covered = sum(low <= truth <= high for _, low, high, _, _ in rows)
         cells[kind] = {"true_ratio": truth, "repeats": len(rows), "covered": covered, "rows": rows}
         print(f"{kind}: the interval covered {truth:.4f} in {covered} of {len(rows)} repeats", flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    artefact = {"device": manager.spec.key, "pairs": args.pairs, "confidence": 0.95, **cells}
-    args.output.write_text(json.dumps(artefact, indent=1) + "\n")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        artefact = {"device": manager.spec.key, "pairs": args.pairs, "confidence": 0.95, **cells}
+        args.output.write_text(json.dumps(artefact, indent=1) + "\n")
 
 
 if __name__ == "__main__":
