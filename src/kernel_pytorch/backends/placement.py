@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import gc
 from typing import Any
 
 import torch
@@ -14,7 +15,14 @@ from torch.utils import _pytree as pytree
 from kernel_pytorch.core.workload import Call
 from kernel_pytorch.errors import ModelError
 
-__all__ = ["place"]
+__all__ = ["place", "release_cached"]
+
+
+def release_cached() -> None:
+    """Give memory that is held but not used back to the device: another process, or a large step, may need it."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def place(tree: Any, device: torch.device) -> Any:

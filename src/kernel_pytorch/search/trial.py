@@ -5,7 +5,6 @@ The one place where a broad `except` is right: a candidate, and the user's own m
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import math
 import time
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from kernel_pytorch.backends.placement import release_cached
 from kernel_pytorch.core.describe import make_optimizer, training_loss
 from kernel_pytorch.core.program import clone_model, ship, state_bytes, state_digest
 from kernel_pytorch.core.protocols import Program
@@ -92,7 +92,7 @@ def run_trial(bench: Bench, request: TrialRequest, make: Callable[[nn.Module], P
             shipped = ship(program, bench.model)
             compile_seconds, wrong = _first_calls(bench, shipped)
             report = NumericsReport(wrong) if wrong else _judge(bench, request, program)
-            _release()
+            release_cached()
             trial = Trial(
                 request.candidate,
                 Status.OK if report.passed else Status.WRONG,
@@ -112,13 +112,6 @@ def run_trial(bench: Bench, request: TrialRequest, make: Callable[[nn.Module], P
         except Exception as error:  # a step that fits the model need not fit a layer alone
             notes.append(f"no times by layer: {type(error).__name__}: {error}")
     return replace(trial, notes=tuple(notes), seconds=time.perf_counter() - started)
-
-
-def _release() -> None:
-    """Give back what judging held: beside a large model the step itself may need it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def failure(request: TrialRequest, error: Exception) -> Trial:

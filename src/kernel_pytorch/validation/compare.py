@@ -21,6 +21,7 @@ __all__ = ["Error", "Flat", "compare_values", "flatten", "same_bits", "structure
 _SENTINEL = 1e30
 """Larger magnitudes are masks (`finfo.min`), not values: they must agree in sign, not in size."""
 _CHUNK_ELEMENTS = 1 << 22
+_CHUNK_ON_DEVICE = 1 << 26
 
 
 @dataclass(slots=True)
@@ -244,7 +245,7 @@ def tensor_error(got: torch.Tensor, want: torch.Tensor, *, samples: bool = False
     """
     if not (want.is_floating_point() or want.is_complex()):
         count = max(want.numel(), 1)
-        flips = int((got.cpu() != want.cpu()).sum()) if want.numel() else 0
+        flips = int((got.to(want.device) != want).sum()) if want.numel() else 0
         return Error(flips / count, discrete=True, count=want.numel())
     if not want.numel():
         return Error(0.0)
@@ -252,11 +253,12 @@ def tensor_error(got: torch.Tensor, want: torch.Tensor, *, samples: bool = False
         return Error(0.0, count=want.numel())
     if got.is_complex() or want.is_complex():
         wide = torch.complex128
-        got, want = (torch.view_as_real(t.detach().cpu().to(wide).resolve_conj()).flatten(-2) for t in (got, want))
-    got, want = got.detach().cpu(), want.detach().cpu()
+        got, want = (torch.view_as_real(t.detach().to(wide).resolve_conj()).flatten(-2) for t in (got, want))
+    got, want = got.detach().to(want.device), want.detach()
     columns = want.numel() if want.dim() < 2 else want.numel() // len(want) if samples else want.shape[-1]
     got, want = got.reshape(-1, columns), want.reshape(-1, columns)
-    rows_at_once = max(1, _CHUNK_ELEMENTS // columns)
+    chunk = _CHUNK_ELEMENTS if want.device.type == "cpu" else _CHUNK_ON_DEVICE
+    rows_at_once = max(1, chunk // columns)
     parts = [
         _row_norms(g.double(), w.double())
         for g, w in zip(torch.split(got, rows_at_once), torch.split(want, rows_at_once), strict=True)

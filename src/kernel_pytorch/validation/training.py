@@ -25,7 +25,7 @@ from kernel_pytorch.validation.lift import lift_tree, lifted, lifted_model
 from kernel_pytorch.validation.oracle import Oracle, loss_of
 from kernel_pytorch.validation.precision import declared_dtype
 from kernel_pytorch.validation.subject import Subject, attempt, routed, seeded
-from kernel_pytorch.validation.vary import zero_dropout
+from kernel_pytorch.validation.vary import noise_like, zero_dropout
 
 __all__ = ["training_checks"]
 
@@ -34,6 +34,8 @@ _REORDERED = 20.0
 _CAST = 3.0
 _SPREAD = 20.0
 _NUDGE = 1e-6
+_NARROW_CURVE = 1e-3
+"""What 16-bit activations alone, rounded in another order, move a loss by: 1.5e-4 between two attentions."""
 _UNMEASURABLE = 0.3
 """A parameter whose gradient fp32 itself gets this wrong is noise."""
 
@@ -182,12 +184,19 @@ def _losses(
 
 
 def _nudged(model: nn.Module) -> nn.Module:
+    """Move parameters by 1e-6, or as far as their format resolves, in place."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in model.parameters():
             if p.is_floating_point():
-                p.mul_(1 + _NUDGE * torch.randn(p.shape, generator=generator).to(p))
+                size = max(_NUDGE, torch.finfo(p.dtype).eps / 4)
+                p.mul_(1 + size * noise_like(p, generator))
     return model
+
+
+def _resolution(model: nn.Module) -> float:
+    """Return the rounding unit of the narrowest floating-point parameter, relative to fp32's."""
+    return max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
 
 
 def _curve(
@@ -196,8 +205,9 @@ def _curve(
     """Compare the loss curve with the unmodified model's: same data, same random seeds, same optimizer.
 
     The budget is three times what autocast costs where a step lowers the precision, and at least 20 times what moving
-    the initial parameters by 1e-6 does; for models that draw random numbers twice the spread over random seeds. That
-    hides what is small, so such a model trains a second time without dropout.
+    the initial parameters by 1e-6 does (three times what moving 16-bit ones by a quarter of their rounding unit does);
+    for models that draw random numbers twice the spread over random seeds. That hides what is small, so such a model
+    trains a second time without dropout.
     """
     case, seed, workload = next(iter(subject.workload.cases)), subject.config.seed, subject.workload
     batches = [oracle.batch(case, i) for i in range(steps)]
@@ -210,7 +220,9 @@ def _curve(
 
     key = f"curve {oracle.identity} {seed} {steps} {dropout}"
     want = oracle.memo.get(f"{key} plain", plain)
-    spread = [_apart(want, oracle.memo.get(f"{key} nudged", lambda: plain(nudge=True))) * _SPREAD]
+    nudged = oracle.memo.get(f"{key} nudged", lambda: plain(nudge=True))
+    narrow = _resolution(oracle.reference) > 1e-4
+    spread = [_apart(want, nudged) * (_CAST if narrow else _SPREAD)]
     if oracle.observed(case).drew:
         shifts = (101, 202, 303)
         spread += [2 * _apart(want, oracle.memo.get(f"{key} {s}", lambda s=s: plain(s))) for s in shifts]  # type: ignore[misc]
@@ -218,6 +230,7 @@ def _curve(
         cast = oracle.memo.get(f"{key} {[str(s) for s in low]}", lambda: plain(context=lambda: _autocast(oracle, low)))
         spread.append(_CAST * _apart(want, cast))
     floor = subject.config.max_error if any(declared_dtype(s) is None for s in low) else 5e-3 if low else 1e-5
+    floor = max(floor, _NARROW_CURVE) if narrow else floor
     budget = max(floor, *spread)
     with _unchanged(program.model):
         optimizer = program.optimizer or _optimizer(workload, program.model)

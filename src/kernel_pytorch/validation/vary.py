@@ -17,7 +17,17 @@ from torch.utils import _pytree as pytree
 
 from kernel_pytorch.core.workload import Call
 
-__all__ = ["batch_size", "perturb", "redrawn", "resized", "rows_of", "sequence_length", "variations", "zero_dropout"]
+__all__ = [
+    "batch_size",
+    "noise_like",
+    "perturb",
+    "redrawn",
+    "resized",
+    "rows_of",
+    "sequence_length",
+    "variations",
+    "zero_dropout",
+]
 
 _FEW = 3
 """Integer or buffer tensors with at most this many distinct values are masks, not data."""
@@ -42,14 +52,14 @@ def perturb(model: nn.Module, seed: int) -> None:
         seen.add(id(tensor))
         with torch.no_grad():
             value = tensor.detach()
-            noise = _noise(value, generator)
+            noise = noise_like(value, generator)
             if id(tensor) in parameters:
                 value.copy_(_moved(value, noise))
             elif not _is_mask(value):
                 value.copy_(value * torch.exp(0.2 * noise) if bool((value > 0).all()) else _moved(value, noise))
 
 
-def _noise(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def noise_like(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return normal noise like a tensor; repeated with a prime period, for drawing tens of millions takes a second."""
     count = value.numel()
     drawn = torch.randn(min(count, _PERIOD), generator=generator, dtype=torch.float64).to(value)

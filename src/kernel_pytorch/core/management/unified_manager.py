@@ -10,6 +10,7 @@ from pathlib import Path
 
 import kernel_pytorch
 from kernel_pytorch.backends import manager_for
+from kernel_pytorch.backends.placement import release_cached
 from kernel_pytorch.catalog import TRANSFORMS
 from kernel_pytorch.core.config import KernelPyTorchConfig
 from kernel_pytorch.core.describe import check_model, describe
@@ -128,4 +129,6 @@ class UnifiedManager:
             self.transforms,
             proposals.singles,
         )
+        del model
+        release_cached()
         return prediction, proposals
