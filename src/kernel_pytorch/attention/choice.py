@@ -1,0 +1,237 @@
+"""Choose the fastest implementation by measuring it, once for a class of shapes, a machine and its software.
+
+What was measured is kept in a file named by the device's key and a digest of the versions that decide the code, so a
+new version is measured anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernel_pytorch.attention.probe import Case, indexed, make_case, unsupported
+from kernel_pytorch.attention.registry import implementations
+from kernel_pytorch.attention.timing import time_in_turns
+from kernel_pytorch.attention.types import AttentionError, AttentionShape, Choice, Implementation
+from kernel_pytorch.backends import manager_for
+from kernel_pytorch.core.types import Skip
+from kernel_pytorch.hardware import detect
+
+__all__ = ["cache_directory", "choose", "forget", "known_choice", "software"]
+
+_log = logging.getLogger(__name__)
+
+_VERSION = 1
+_SCORES = 1 << 26
+"""Scores (256 MiB in float32) above which the definition, which stores them all, is not worth a try."""
+
+_chosen: dict[tuple[str, str, bool], Choice] = {}
+
+
+def cache_directory() -> Path:
+    """Return where choices are kept: `$KERNEL_PYTORCH_CACHE`, or `kernel_pytorch` in the platform's cache directory."""
+    named = os.environ.get("KERNEL_PYTORCH_CACHE")
+    if named:
+        return Path(named).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "kernel_pytorch"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kernel_pytorch"
+
+
+def software(device: torch.device) -> dict[str, str]:
+    """Return the versions that decide which code runs: torch and its libraries, the driver, the kernels' packages."""
+    spec = detect(str(device))
+    names = ("torch", "triton", "cuda", "cudnn", "driver", "compiler")
+    versions = {name: spec.software[name] for name in names if name in spec.software}
+    for package in sorted({name for one in implementations().values() for name in one.packages}):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {"device": spec.name, **versions}
+
+
+def choose(shape: AttentionShape, device: torch.device | str, *, backward: bool) -> Choice:
+    """Return the fastest implementation for a shape, measuring where no earlier measurement is known.
+
+    Each implementation that applies (`unsupported`) is timed at this very shape, in turns, from a cold cache; one of
+    lower precision never takes part. FlexAttention, which compiles for each shape, takes part only where no other
+    fused kernel applies.
+
+    Args:
+        shape: What to compute. Shapes of one `shape_class()` share the choice.
+        device: Where; `cuda` means the current GPU.
+        backward: Whether gradients are computed too; then both directions are timed together.
+
+    Raises:
+        AttentionError: Nothing computes it here.
+    """
+    shape, device = shape.canonical(), indexed(device)
+    found = known_choice(shape, device, backward=backward)
+    if found is None:
+        found = _measure(shape, device, backward=backward)
+        _chosen[_key(shape, device, backward=backward)] = found
+        _store(device, _entry(shape, backward=backward), found)
+    return found
+
+
+def known_choice(shape: AttentionShape, device: torch.device | str, *, backward: bool) -> Choice | None:
+    """Return a choice made earlier, by this process or another; `None` where there is none."""
+    device = indexed(device)
+    key = _key(shape, device, backward=backward)
+    if key not in _chosen:
+        stored = _load(_path(device)).get(_entry(shape, backward=backward))
+        if stored is None:
+            return None
+        _chosen[key] = stored
+    return _chosen[key]
+
+
+def forget() -> None:
+    """Forget what this process knows of choices; the files stay."""
+    _chosen.clear()
+    _path.cache_clear()
+
+
+def _key(shape: AttentionShape, device: torch.device, *, backward: bool) -> tuple[str, str, bool]:
+    return shape.shape_class(), str(device), backward
+
+
+def _entry(shape: AttentionShape, *, backward: bool) -> str:
+    return f"{shape.shape_class()} {'forward+backward' if backward else 'forward'}"
+
+
+def _measure(shape: AttentionShape, device: torch.device, *, backward: bool) -> Choice:
+    candidates, skipped = _candidates(shape, device, backward=backward)
+    if not candidates:
+        reasons = "; ".join(f"{name}: {skip.reason}" for name, skip in skipped.items())
+        raise AttentionError(f"nothing computes {shape} on {device}: {reasons}")
+    name = shape.shape_class()
+    if len(candidates) == 1:
+        only = next(iter(candidates))
+        return Choice(only, only, {}, {}, skipped, name, measured=True)
+    with (
+        manager_for(str(device)).exclusive(),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.set_grad_enabled(backward),
+        torch.autocast(device.type, enabled=False),
+    ):
+        case = make_case(shape, device, backward=backward)
+        samples = time_in_turns({n: _job(case, one, backward=backward) for n, one in candidates.items()}, device)
+    device_ms = {n: one.device_ms for n, one in samples.items()}
+    host_ms = {n: one.host_ms for n, one in samples.items() if one.host}
+    eager = min(device_ms, key=lambda n: max(device_ms[n], host_ms.get(n, 0.0)))
+    return Choice(eager, min(device_ms, key=device_ms.__getitem__), device_ms, host_ms, skipped, name, measured=True)
+
+
+def _candidates(
+    shape: AttentionShape, device: torch.device, *, backward: bool
+) -> tuple[dict[str, Implementation], dict[str, Skip]]:
+    skipped: dict[str, Skip] = {}
+    found: dict[str, Implementation] = {}
+    scores = shape.batch * shape.heads * shape.q_len * shape.kv_len
+    order = sorted(implementations().items(), key=lambda item: item[1].rank + (item[0] == "math"))
+    for name, one in order:
+        if one.rank < 0:
+            skipped[name] = Skip(f"{name} is of lower precision, so never chosen", f"impl={name!r}")
+        elif one.rank > 0 and found:
+            skipped[name] = Skip(f"{name} compiles for each shape and others apply", f"impl={name!r}")
+        elif name == "math" and found and scores > _SCORES:
+            skipped[name] = Skip(f"the definition would store {scores * 4 >> 20} MiB of scores", "impl='math'")
+        else:
+            skip = unsupported(name, shape, device, backward=backward)
+            if skip is None:
+                found[name] = one
+            else:
+                skipped[name] = skip
+    return found, skipped
+
+
+def _job(case: Case, one: Implementation, *, backward: bool) -> Any:
+    if not backward:
+        return lambda: case.run(one)
+    with torch.enable_grad():
+        weight = torch.randn_like(case.run(one))
+    return lambda: torch.autograd.grad(case.run(one), case.inputs(), weight)
+
+
+@functools.cache
+def _path(device: torch.device) -> Path:
+    digest = hashlib.sha256(json.dumps(software(device), sort_keys=True).encode()).hexdigest()[:12]
+    return cache_directory() / "attention" / f"{detect(str(device)).key}-{digest}.json"
+
+
+def _load(path: Path) -> dict[str, Choice]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    try:
+        stored = json.loads(text)
+        if stored["version"] != _VERSION:
+            return {}
+        return {name: _from_json(name, entry) for name, entry in stored["choices"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _log.warning("%s is damaged (%s), so attention is measured again", path, error)
+        return {}
+
+
+def _from_json(name: str, entry: Mapping[str, Any]) -> Choice:
+    impl, compiled = entry["impl"], entry["compiled"]
+    if impl not in implementations() or compiled not in implementations():
+        raise ValueError(f"unknown implementation in {name!r}")
+    return Choice(
+        impl,
+        compiled,
+        {n: float(ms) for n, ms in entry["device_ms"].items()},
+        {n: float(ms) for n, ms in entry["host_ms"].items()},
+        {n: Skip(reason, fix) for n, (reason, fix) in entry["skipped"].items()},
+        name.rpartition(" ")[0],
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _store(device: torch.device, entry: str, choice: Choice) -> None:
+    path = _path(device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            choices = {**_load(path), entry: choice}
+            content = {
+                "version": _VERSION,
+                "software": software(device),
+                "choices": {name: choices[name].as_json() for name in sorted(choices)},
+            }
+            _replace(path, json.dumps(content, indent=1, allow_nan=False))
+    except OSError as error:
+        _log.warning("cannot keep the choice of attention in %s (%s): it is measured again next time", path, error)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).replace(path)
+        except OSError:
+            Path(file.name).unlink(missing_ok=True)
+            raise

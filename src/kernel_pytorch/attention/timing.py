@@ -1,0 +1,110 @@
+"""Time implementations side by side: in turns, from a cold cache, on the device's clock and on the host's."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from kernel_pytorch.backends import manager_for
+from kernel_pytorch.hardware import cache_bytes, detect
+
+__all__ = ["Samples", "time_in_turns"]
+
+_FIRST, _MORE = 3, 9
+_HOPELESS = 1.3
+"""An implementation this much slower than the best after the first rounds is not timed on."""
+_CYCLES_PER_MS = 2_000_000
+"""At most: no GPU's clock is much above 2 GHz."""
+
+
+@dataclass(slots=True)
+class Samples:
+    """Milliseconds of each call: `device` from the first to the last kernel, `host` until the call returned."""
+
+    device: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+
+    @property
+    def device_ms(self) -> float:
+        """Median."""
+        return statistics.median(self.device)
+
+    @property
+    def host_ms(self) -> float:
+        """Median; 0 on a CPU, where the host is the device."""
+        return statistics.median(self.host) if self.host else 0.0
+
+
+def time_in_turns(
+    functions: Mapping[str, Callable[[], object]], device: torch.device, *, first: int = _FIRST, more: int = _MORE
+) -> dict[str, Samples]:
+    """Return samples of each function; those that are clearly slower get `first` of them, the others `first + more`.
+
+    Args:
+        functions: By name; each runs all its work on the device once.
+        device: Where they run.
+        first: Rounds with all of them.
+        more: Rounds with those that may yet be the fastest.
+    """
+    samples = {name: Samples() for name in functions}
+    clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
+    for name, fn in functions.items():
+        clock.warm_up(name, fn)
+    for _ in range(first):
+        for name, fn in functions.items():
+            clock.sample(name, fn, samples[name])
+    best = min(one.device_ms for one in samples.values())
+    left = {name: fn for name, fn in functions.items() if samples[name].device_ms <= _HOPELESS * best}
+    for _ in range(more):
+        for name, fn in left.items():
+            clock.sample(name, fn, samples[name])
+    return samples
+
+
+class _CpuClock:
+    def __init__(self) -> None:
+        self._manager = manager_for("cpu")
+
+    def warm_up(self, name: str, fn: Callable[[], object]) -> None:
+        del name
+        fn()
+
+    def sample(self, name: str, fn: Callable[[], object], samples: Samples) -> None:
+        del name
+        samples.device.append(self._manager.time_ms(fn))
+
+
+class _CudaClock:
+    """Events around the call, with the GPU kept busy before it until the host has queued all of it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        size = max(2 * cache_bytes(detect(str(device))), 64 << 20)
+        self._scratch = torch.empty(size, dtype=torch.int8, device=device)
+        self._host_ms: dict[str, float] = {}
+
+    def warm_up(self, name: str, fn: Callable[[], object]) -> None:
+        fn()
+        torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        fn()
+        self._host_ms[name] = (time.perf_counter() - start) * 1e3
+        torch.cuda.synchronize(self._device)
+
+    def sample(self, name: str, fn: Callable[[], object], samples: Samples) -> None:
+        with torch.cuda.device(self._device):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            wait_ms = min(2.0 * self._host_ms[name] + 0.2, 20.0)
+            torch.cuda._sleep(int(wait_ms * _CYCLES_PER_MS))  # noqa: SLF001 - else a slow launch counts as device time
+            self._scratch.zero_()
+            begin.record()
+            start = time.perf_counter()
+            fn()
+            samples.host.append((time.perf_counter() - start) * 1e3)
+            end.record()
+            end.synchronize()
+            samples.device.append(float(begin.elapsed_time(end)))
