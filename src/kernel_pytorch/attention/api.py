@@ -195,10 +195,11 @@ def _name(
 ) -> str:
     """Return the name of the implementation to run for `[..., heads, tokens, head_dim]`."""
     tracing = torch.compiler.is_compiling()
+    heads = (query.shape[-3], key.shape[-3], query.shape[-1], value.shape[-1])
     if tracing:
         sizes = _class_sizes(*sizes)
+        heads = (_exact(heads[0]), _exact(heads[1]), _exact(heads[2]), _exact(heads[3]))
     wants_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    heads = (query.shape[-3], key.shape[-3], query.shape[-1], value.shape[-1])
     question = (impl, sizes, heads, query.dtype, band, floats, mask, packed, query.device, wants_grad)
     return _look_up(question) if tracing else _ask(question)
 
@@ -216,6 +217,16 @@ def _class_size(size: int) -> int:
     while rounded < size:
         rounded *= 2
     return rounded
+
+
+def _exact(size: int) -> int:
+    """Return a size as a constant, one guarded bit after the other."""
+    found, step = 0, _class_size(size)
+    while step > 0:
+        if found + step <= size:
+            found += step
+        step //= 2
+    return found
 
 
 _Question = tuple[

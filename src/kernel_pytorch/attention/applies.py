@@ -51,7 +51,7 @@ def banded(name: str, shape: AttentionShape, *, lower_right: bool, window: bool)
         wanted = "lower_right" if lower_right else "upper_left"
         if shape.alignment != wanted:
             return Skip(
-                f"{name} ends the diagonal at {wanted} where q_len ({shape.q_len}) differs from kv_len ({shape.kv_len})",
+                f"{name} ends the diagonal at {wanted} where q_len ({shape.q_len}) is not kv_len ({shape.kv_len})",
                 f"alignment='{wanted}', if that is what is meant",
             )
     if shape.window is not None and any(w is not None and w < 0 for w in shape.window):
