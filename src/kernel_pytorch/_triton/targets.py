@@ -113,7 +113,7 @@ def compile_for(
         constexprs=dict(constexprs),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in wide},
     )
-    options: dict[str, Any] = {"num_warps": num_warps}
+    options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": True}
     if num_stages is not None:
         options["num_stages"] = num_stages
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)

@@ -1,0 +1,288 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, operator"
+# ruff: noqa: ANN001, ANN202, N803, PLR0917
+"""Triton kernels of LayerNorm: a row lies in the registers of one program, so memory is touched once.
+
+Least traffic, in units of the bytes of `x`: forward 2 (read x, write y), with residual 4; backward 3 (read h and dy,
+write dx), with residual 4. The variance is that of the centred row, for the difference of two sums cancels. Gradients
+of weight and bias are summed as in `rms_norm_kernel`: a fixed number of programs, each over its own rows in order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernel_pytorch._triton.column_sum_kernel import column_sum
+from kernel_pytorch._triton.launch import Launch, as_rows, multiprocessors, next_power_of_2, on_device_of
+from kernel_pytorch._triton.targets import CompileCase
+
+__all__ = ["COMPILE_CASES", "backward", "backward_launch", "forward", "forward_launch"]
+
+_MOST_ACCUMULATED = 8192
+"""Longest row (padded) whose sums for the gradients are kept in registers; above it, in memory (in L2)."""
+
+
+@triton.jit
+def layer_norm_forward_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    y,
+    h,
+    mean,
+    rstd,
+    x_stride,
+    residual_stride,
+    rows,
+    columns,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    mask = (row < rows)[:, None] & inside[None, :]
+    value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    scale = tl.load(weight + column, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    out = row[:, None] * columns + column[None, :]
+    if residual is not None:
+        added = tl.load(
+            residual + row[:, None] * residual_stride + column[None, :],
+            mask=mask,
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        value = (value.to(tl.float32) + added.to(tl.float32)).to(h.dtype.element_ty)
+        tl.store(h + out, value, mask=mask)
+    exact = value.to(tl.float32)
+    average = tl.sum(exact, axis=1) / columns
+    centred = tl.where(inside[None, :], exact - average[:, None], 0.0)
+    reciprocal = tl.rsqrt(tl.sum(centred * centred, axis=1) / columns + eps)
+    tl.store(mean + row, average, mask=row < rows)
+    tl.store(rstd + row, reciprocal, mask=row < rows)
+    result = centred * reciprocal[:, None] * scale[None, :]
+    if bias is not None:
+        shift = tl.load(bias + column, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        result += shift[None, :]
+    tl.store(y + out, result.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def layer_norm_backward_kernel(
+    dy,
+    h,
+    weight,
+    mean,
+    rstd,
+    dh,
+    dx,
+    weight_partials,
+    bias_partials,
+    dy_stride,
+    h_stride,
+    dh_stride,
+    rows,
+    columns,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IN_MEMORY: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # Prefetching would read the sums held in memory before the row before it is added.
+    tl.static_assert(not IN_MEMORY or STAGES == 1)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    scale = tl.load(weight + column, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    share = tl.program_id(0).to(tl.int64) * columns + column
+    weight_total = tl.zeros([ROWS, BLOCK], tl.float32)
+    bias_total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (row < rows)[:, None] & inside[None, :]
+        grad = tl.load(
+            dy + row[:, None] * dy_stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
+        )
+        value = tl.load(
+            h + row[:, None] * h_stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
+        )
+        average = tl.load(mean + row, mask=row < rows, other=0.0)
+        reciprocal = tl.load(rstd + row, mask=row < rows, other=0.0)
+        grad = grad.to(tl.float32)
+        normalised = (value.to(tl.float32) - average[:, None]) * reciprocal[:, None]
+        scaled = grad * scale[None, :]
+        shifted = tl.sum(scaled, axis=1) / columns
+        aligned = tl.sum(scaled * normalised, axis=1) / columns
+        result = (scaled - shifted[:, None] - normalised * aligned[:, None]) * reciprocal[:, None]
+        if dh is not None:
+            result += tl.load(
+                dh + row[:, None] * dh_stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
+            ).to(tl.float32)
+        tl.store(dx + row[:, None] * columns + column[None, :], result.to(dx.dtype.element_ty), mask=mask)
+        if IN_MEMORY:
+            held = tl.load(weight_partials + share, mask=inside, other=0.0)
+            tl.store(weight_partials + share, held + tl.sum(grad * normalised, axis=0), mask=inside)
+            if bias_partials is not None:
+                held = tl.load(bias_partials + share, mask=inside, other=0.0)
+                tl.store(bias_partials + share, held + tl.sum(grad, axis=0), mask=inside)
+            tl.debug_barrier()
+        else:
+            weight_total += grad * normalised
+            if bias_partials is not None:
+                bias_total += grad
+    if not IN_MEMORY:
+        tl.store(weight_partials + share, tl.sum(weight_total, axis=0), mask=inside)
+        if bias_partials is not None:
+            tl.store(bias_partials + share, tl.sum(bias_total, axis=0), mask=inside)
+
+
+def forward_launch(columns: int) -> Launch:
+    """Return the launch for rows of `columns` elements: 32 elements a thread, several short rows a program."""
+    block = next_power_of_2(columns)
+    return Launch(rows=max(1, min(16, 4096 // block)), warps=min(32, max(4, block // 1024)))
+
+
+def backward_launch(columns: int) -> Launch:
+    """Return the launch for rows of `columns` elements: 16 elements a thread, for five rows of them are alive."""
+    block = next_power_of_2(columns)
+    warps = min(32, max(4, block // 512))
+    return Launch(
+        rows=max(1, min(16, 2048 // block)),
+        warps=warps,
+        per_multiprocessor=max(1, 16 // warps),
+        stages=1 if block > _MOST_ACCUMULATED else 2,
+    )
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    *,
+    launch: Launch | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `(y, h, mean, rstd)`: `h` is `x` itself without a residual; `mean` and `rstd` are float32 `[rows]`."""
+    wide = as_rows(x)
+    rows, columns = wide.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    h = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    if rows == 0:
+        return y, h, mean, rstd
+    launch = launch or forward_launch(columns)
+    added = None if residual is None else as_rows(residual)
+    with on_device_of(x):
+        layer_norm_forward_kernel[(triton.cdiv(rows, launch.rows),)](
+            wide,
+            added,
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            y,
+            None if residual is None else h,
+            mean,
+            rstd,
+            wide.stride(0),
+            0 if added is None else added.stride(0),
+            rows,
+            columns,
+            eps,
+            ROWS=launch.rows,
+            BLOCK=next_power_of_2(columns),
+            num_warps=launch.warps,
+            enable_fp_fusion=True,
+        )
+    return y, h, mean, rstd
+
+
+def backward(
+    dy: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    dh: torch.Tensor | None,
+    *,
+    with_bias: bool,
+    launch: Launch | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `(dx, dweight, dbias)`; `dh` is added to `dx`; `dbias` is empty unless `with_bias`."""
+    grad, wide = as_rows(dy), as_rows(h)
+    rows, columns = wide.shape
+    dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    biases = columns if with_bias else 0
+    if rows == 0:
+        zeros = torch.zeros(columns, dtype=weight.dtype, device=h.device)
+        return dx, zeros, zeros.new_zeros(biases)
+    launch = launch or backward_launch(columns)
+    block = next_power_of_2(columns)
+    programs = min(triton.cdiv(rows, launch.rows), launch.per_multiprocessor * multiprocessors(h.device))
+    in_memory = block > _MOST_ACCUMULATED
+    make = torch.zeros if in_memory else torch.empty
+    partials = make(2, programs, columns, dtype=torch.float32, device=h.device)
+    added = None if dh is None else as_rows(dh)
+    with on_device_of(h):
+        layer_norm_backward_kernel[(programs,)](
+            grad,
+            wide,
+            weight.contiguous(),
+            mean,
+            rstd,
+            added,
+            dx,
+            partials[0],
+            partials[1] if with_bias else None,
+            grad.stride(0),
+            wide.stride(0),
+            0 if added is None else added.stride(0),
+            rows,
+            columns,
+            ROWS=launch.rows,
+            BLOCK=block,
+            IN_MEMORY=in_memory,
+            STAGES=launch.stages,
+            num_warps=launch.warps,
+            enable_fp_fusion=True,
+        )
+    return dx, column_sum(partials[0], weight.dtype), column_sum(partials[1][:, :biases], weight.dtype)
+
+
+def _forward_case(kind: str, columns: int, *, residual: bool, label: str) -> CompileCase:
+    launch = forward_launch(columns)
+    pointers = dict.fromkeys(("x", "weight", "bias", "y"), f"*{kind}") | {"mean": "*fp32", "rstd": "*fp32"}
+    pointers |= dict.fromkeys(("residual", "h"), f"*{kind}") if residual else {}
+    scalars = dict.fromkeys(("x_stride", "residual_stride", "rows", "columns"), "i32") | {"eps": "fp32"}
+    constants: dict[str, int | None] = {"ROWS": launch.rows, "BLOCK": next_power_of_2(columns)}
+    constants |= {} if residual else {"residual": None, "h": None}
+    return CompileCase(layer_norm_forward_kernel, pointers | scalars, constants, launch.warps, label=label)
+
+
+def _backward_case(kind: str, columns: int, *, residual: bool, label: str) -> CompileCase:
+    launch = backward_launch(columns)
+    pointers = dict.fromkeys(("dy", "h", "weight", "dx"), f"*{kind}")
+    pointers |= dict.fromkeys(("mean", "rstd", "weight_partials", "bias_partials"), "*fp32")
+    pointers |= {"dh": f"*{kind}"} if residual else {}
+    scalars = dict.fromkeys(("dy_stride", "h_stride", "dh_stride", "rows", "columns"), "i32")
+    block = next_power_of_2(columns)
+    constants: dict[str, int | None] = {
+        "ROWS": launch.rows,
+        "BLOCK": block,
+        "IN_MEMORY": block > _MOST_ACCUMULATED,
+        "STAGES": launch.stages,
+    }
+    constants |= {} if residual else {"dh": None}
+    return CompileCase(layer_norm_backward_kernel, pointers | scalars, constants, launch.warps, label=label)
+
+
+COMPILE_CASES = [
+    _forward_case("bf16", 4096, residual=True, label="bf16-residual"),
+    _forward_case("fp16", 768, residual=False, label="fp16-short"),
+    _forward_case("fp32", 14336, residual=False, label="fp32-long"),
+    _backward_case("bf16", 4096, residual=True, label="bf16-residual"),
+    _backward_case("fp16", 768, residual=False, label="fp16-short"),
+    _backward_case("bf16", 8192, residual=False, label="bf16-wide"),
+    _backward_case("fp32", 14336, residual=False, label="fp32-long"),
+]

@@ -1,0 +1,276 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, operator"
+# ruff: noqa: ANN001, ANN202, N803, PLR0917
+"""Triton kernels of RMSNorm: a row lies in the registers of one program, so memory is touched once.
+
+Least traffic, in units of the bytes of `x`: forward 2 (read x, write y), with residual 4; backward 3 (read h and dy,
+write dx), with residual 4. The gradient of the weight is summed over rows by a fixed number of programs, each over
+its own rows in a fixed order, and then over the programs: the same bits in every run on one kind of GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernel_pytorch._triton.column_sum_kernel import column_sum
+from kernel_pytorch._triton.launch import Launch, as_rows, multiprocessors, next_power_of_2, on_device_of
+from kernel_pytorch._triton.targets import CompileCase
+
+__all__ = ["COMPILE_CASES", "backward", "backward_launch", "forward", "forward_launch"]
+
+_MOST_ACCUMULATED = 8192
+"""Longest row (padded) whose sum for the weight's gradient is kept in registers; above it, in memory (in L2)."""
+
+
+@triton.jit
+def rms_norm_forward_kernel(
+    x,
+    residual,
+    weight,
+    y,
+    h,
+    rstd,
+    x_stride,
+    residual_stride,
+    rows,
+    columns,
+    eps,
+    weight_offset,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROUND_BEFORE_WEIGHT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    mask = (row < rows)[:, None] & inside[None, :]
+    value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    scale = tl.load(weight + column, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    out = row[:, None] * columns + column[None, :]
+    if residual is not None:
+        added = tl.load(
+            residual + row[:, None] * residual_stride + column[None, :],
+            mask=mask,
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        value = (value.to(tl.float32) + added.to(tl.float32)).to(h.dtype.element_ty)
+        tl.store(h + out, value, mask=mask)
+    exact = value.to(tl.float32)
+    reciprocal = tl.rsqrt(tl.sum(exact * exact, axis=1) / columns + eps)
+    tl.store(rstd + row, reciprocal, mask=row < rows)
+    normalised = exact * reciprocal[:, None]
+    if ROUND_BEFORE_WEIGHT:
+        normalised = normalised.to(x.dtype.element_ty).to(tl.float32)
+    tl.store(y + out, (normalised * (scale + weight_offset)[None, :]).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rms_norm_backward_kernel(
+    dy,
+    h,
+    weight,
+    rstd,
+    dh,
+    dx,
+    partials,
+    dy_stride,
+    h_stride,
+    dh_stride,
+    rows,
+    columns,
+    weight_offset,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IN_MEMORY: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # Prefetching would read the sum held in memory before the row before it is added.
+    tl.static_assert(not IN_MEMORY or STAGES == 1)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    scale = tl.load(weight + column, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    scale += weight_offset
+    share = partials + tl.program_id(0).to(tl.int64) * columns + column
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (row < rows)[:, None] & inside[None, :]
+        grad = tl.load(
+            dy + row[:, None] * dy_stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
+        )
+        value = tl.load(
+            h + row[:, None] * h_stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
+        )
+        reciprocal = tl.load(rstd + row, mask=row < rows, other=0.0)
+        grad = grad.to(tl.float32)
+        normalised = value.to(tl.float32) * reciprocal[:, None]
+        scaled = grad * scale[None, :]
+        aligned = tl.sum(scaled * normalised, axis=1) / columns
+        result = (scaled - normalised * aligned[:, None]) * reciprocal[:, None]
+        if dh is not None:
+            result += tl.load(
+                dh + row[:, None] * dh_stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
+            ).to(tl.float32)
+        tl.store(dx + row[:, None] * columns + column[None, :], result.to(dx.dtype.element_ty), mask=mask)
+        if IN_MEMORY:
+            held = tl.load(share, mask=inside, other=0.0)
+            tl.store(share, held + tl.sum(grad * normalised, axis=0), mask=inside)
+            tl.debug_barrier()
+        else:
+            total += grad * normalised
+    if not IN_MEMORY:
+        tl.store(share, tl.sum(total, axis=0), mask=inside)
+
+
+def forward_launch(columns: int) -> Launch:
+    """Return the launch for rows of `columns` elements: 32 elements a thread, several short rows a program."""
+    block = next_power_of_2(columns)
+    return Launch(rows=max(1, min(16, 4096 // block)), warps=min(32, max(4, block // 1024)))
+
+
+def backward_launch(columns: int) -> Launch:
+    """Return the launch for rows of `columns` elements: 16 elements a thread, for three rows of them are alive."""
+    block = next_power_of_2(columns)
+    warps = min(32, max(4, block // 512))
+    return Launch(
+        rows=max(1, min(16, 2048 // block)),
+        warps=warps,
+        per_multiprocessor=max(1, 16 // warps),
+        stages=1 if block > _MOST_ACCUMULATED else 2,
+    )
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
+    weight_offset: float,
+    *,
+    round_before_weight: bool,
+    dtype: torch.dtype,
+    launch: Launch | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `(y, h, rstd)`: `y` of `dtype`, `h` is `x` itself without a residual, `rstd` is float32 `[rows]`."""
+    wide = as_rows(x)
+    rows, columns = wide.shape
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    h = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows == 0:
+        return y, h, rstd
+    launch = launch or forward_launch(columns)
+    added = None if residual is None else as_rows(residual)
+    with on_device_of(x):
+        rms_norm_forward_kernel[(triton.cdiv(rows, launch.rows),)](
+            wide,
+            added,
+            weight.contiguous(),
+            y,
+            None if residual is None else h,
+            rstd,
+            wide.stride(0),
+            0 if added is None else added.stride(0),
+            rows,
+            columns,
+            eps,
+            weight_offset,
+            ROWS=launch.rows,
+            BLOCK=next_power_of_2(columns),
+            ROUND_BEFORE_WEIGHT=round_before_weight,
+            num_warps=launch.warps,
+            enable_fp_fusion=True,
+        )
+    return y, h, rstd
+
+
+def backward(
+    dy: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    dh: torch.Tensor | None,
+    weight_offset: float,
+    *,
+    launch: Launch | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `(dx, dweight)`; `dh` is the gradient of `h` from elsewhere, and is added to `dx`."""
+    grad, wide = as_rows(dy), as_rows(h)
+    rows, columns = wide.shape
+    dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    if rows == 0:
+        return dx, torch.zeros_like(weight)
+    launch = launch or backward_launch(columns)
+    block = next_power_of_2(columns)
+    programs = min(triton.cdiv(rows, launch.rows), launch.per_multiprocessor * multiprocessors(h.device))
+    in_memory = block > _MOST_ACCUMULATED
+    make = torch.zeros if in_memory else torch.empty
+    partials = make(programs, columns, dtype=torch.float32, device=h.device)
+    added = None if dh is None else as_rows(dh)
+    with on_device_of(h):
+        rms_norm_backward_kernel[(programs,)](
+            grad,
+            wide,
+            weight.contiguous(),
+            rstd,
+            added,
+            dx,
+            partials,
+            grad.stride(0),
+            wide.stride(0),
+            0 if added is None else added.stride(0),
+            rows,
+            columns,
+            weight_offset,
+            ROWS=launch.rows,
+            BLOCK=block,
+            IN_MEMORY=in_memory,
+            STAGES=launch.stages,
+            num_warps=launch.warps,
+            enable_fp_fusion=True,
+        )
+    return dx, column_sum(partials, weight.dtype)
+
+
+def _forward_case(kind: str, columns: int, *, residual: bool, label: str) -> CompileCase:
+    launch = forward_launch(columns)
+    pointers = dict.fromkeys(("x", "weight", "y"), f"*{kind}") | {"rstd": "*fp32"}
+    pointers |= {"residual": f"*{kind}", "h": f"*{kind}"} if residual else {}
+    scalars = dict.fromkeys(("x_stride", "residual_stride", "rows", "columns"), "i32")
+    scalars |= {"eps": "fp32", "weight_offset": "fp32"}
+    constants: dict[str, int | None] = {
+        "ROWS": launch.rows,
+        "BLOCK": next_power_of_2(columns),
+        "ROUND_BEFORE_WEIGHT": residual,
+    }
+    constants |= {} if residual else {"residual": None, "h": None}
+    return CompileCase(rms_norm_forward_kernel, pointers | scalars, constants, launch.warps, label=label)
+
+
+def _backward_case(kind: str, columns: int, *, residual: bool, label: str) -> CompileCase:
+    launch = backward_launch(columns)
+    pointers = dict.fromkeys(("dy", "h", "weight", "dx"), f"*{kind}") | {"rstd": "*fp32", "partials": "*fp32"}
+    pointers |= {"dh": f"*{kind}"} if residual else {}
+    scalars = dict.fromkeys(("dy_stride", "h_stride", "dh_stride", "rows", "columns"), "i32")
+    scalars |= {"weight_offset": "fp32"}
+    block = next_power_of_2(columns)
+    constants: dict[str, int | None] = {
+        "ROWS": launch.rows,
+        "BLOCK": block,
+        "IN_MEMORY": block > _MOST_ACCUMULATED,
+        "STAGES": launch.stages,
+    }
+    constants |= {} if residual else {"dh": None}
+    return CompileCase(rms_norm_backward_kernel, pointers | scalars, constants, launch.warps, label=label)
+
+
+COMPILE_CASES = [
+    _forward_case("bf16", 4096, residual=True, label="bf16-residual"),
+    _forward_case("fp16", 768, residual=False, label="fp16-short"),
+    _forward_case("fp32", 14336, residual=False, label="fp32-long"),
+    _backward_case("bf16", 4096, residual=True, label="bf16-residual"),
+    _backward_case("fp16", 768, residual=False, label="fp16-short"),
+    _backward_case("fp32", 14336, residual=False, label="fp32-long"),
+]
