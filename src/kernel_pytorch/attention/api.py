@@ -198,6 +198,7 @@ def _name(
     heads = (query.shape[-3], key.shape[-3], query.shape[-1], value.shape[-1])
     if tracing:
         sizes = _class_sizes(*sizes)
+        floats = (1.0 if floats[0] > 0.0 else 0.0, 0.5 if floats[1] > 0.0 else 0.0)
         heads = (_exact(heads[0]), _exact(heads[1]), _exact(heads[2]), _exact(heads[3]))
     wants_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     question = (impl, sizes, heads, query.dtype, band, floats, mask, packed, query.device, wants_grad)

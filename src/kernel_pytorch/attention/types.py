@@ -119,7 +119,8 @@ class AttentionShape:
     def shape_class(self) -> str:
         """Return the name of the class of shapes that share a choice.
 
-        Batch and lengths are rounded up to powers of two; whatever decides which implementation applies is exact.
+        Batch and lengths are rounded up to powers of two, of softcap and dropout only the presence counts; whatever
+        else decides which implementation applies is exact.
         """
         one = self.canonical()
         lengths = f"q{_power_of_two(one.q_len)} kv{_power_of_two(one.kv_len)}"
@@ -135,9 +136,7 @@ class AttentionShape:
             parts.append("window {}:{}".format(*("" if w is None else w for w in one.window)))
         if one.alignment != "upper_left":
             parts.append(one.alignment)
-        if one.softcap:
-            parts.append(f"softcap {one.softcap:g}")
-        parts += [name for name in ("dropout", "mask", "packed") if getattr(one, name)]
+        parts += [name for name in ("softcap", "dropout", "mask", "packed") if getattr(one, name)]
         return " ".join(parts)
 
 
