@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 
 import pytest
@@ -10,7 +11,15 @@ import torch
 from kernel_pytorch.backends.nvidia import telemetry
 from kernel_pytorch.errors import KptError
 from kernel_pytorch.hardware import split_device
-from kernel_pytorch.hardware.nvidia import probe, specs
+from kernel_pytorch.hardware.nvidia import nvml, probe, specs
+
+
+@pytest.fixture(autouse=True)
+def forget_opened_gpus():
+    """What NVML opened is kept for a process; a test has its own NVML."""
+    nvml.open_gpu.cache_clear()
+    yield
+    nvml.open_gpu.cache_clear()
 
 
 def gpu(major, minor, multiprocessors, memory_gb, **more):
@@ -37,6 +46,7 @@ def machine(monkeypatch):
 
     def plant(*gpus):
         monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpus[index])
 
@@ -137,17 +147,19 @@ def test_several_devices_and_one_that_is_not_there(machine):
 
 
 class FakeNvml(types.ModuleType):
-    """NVML where one question may be refused."""
+    """NVML where one question may be refused, and UUIDs of MIG slices are known."""
 
     class NVMLError(Exception):
         """As in pynvml."""
 
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+    NVML_NVLINK_MAX_LINKS = 18
 
-    def __init__(self, *, refuse_all=False):
+    def __init__(self, *, refuse_all=False, slices=(), links=(), peers=True):
         super().__init__("pynvml")
         self.asked = ""
         self.refuse_all = refuse_all
+        self.slices, self.links, self.peers = slices, links, peers
 
     def nvmlInit(self):
         if self.refuse_all:
@@ -155,9 +167,18 @@ class FakeNvml(types.ModuleType):
 
     def nvmlDeviceGetHandleByUUID(self, uuid):
         self.asked = uuid
-        return 0
+        if uuid.startswith("GPU-") == (uuid[4:] in self.slices):
+            raise self.NVMLError("Not Found")
+        return uuid
+
+    def nvmlDeviceIsMigDeviceHandle(self, handle):
+        return int(handle.startswith("MIG-"))
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, handle):
+        return "GPU-whole"
 
     def nvmlDeviceGetClockInfo(self, handle, which):
+        assert handle.startswith("GPU-"), "a slice has no clocks"
         return {1: 1980, 2: 3201}[which]
 
     def nvmlDeviceGetPowerUsage(self, handle):
@@ -170,15 +191,162 @@ class FakeNvml(types.ModuleType):
         return types.SimpleNamespace(gpu=7)
 
     def nvmlDeviceGetMemoryInfo(self, handle):
-        return types.SimpleNamespace(used=1 << 30)
+        if handle.startswith("MIG-"):
+            return types.SimpleNamespace(used=1 << 28, total=18 << 30)
+        return types.SimpleNamespace(used=1 << 30, total=141 << 30)
+
+    def nvmlDeviceGetAttributes(self, handle):
+        return types.SimpleNamespace(multiprocessorCount=16)
 
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):
         return 4
 
+    def nvmlSystemGetDriverVersion(self):
+        return "580.65.06"
+
+    def nvmlDeviceGetMaxPcieLinkGeneration(self, handle):
+        return 5
+
+    def nvmlDeviceGetMaxPcieLinkWidth(self, handle):
+        return 16
+
+    def nvmlDeviceGetNvLinkState(self, handle, link):
+        if not self.links:
+            raise self.NVMLError("Not Supported")
+        return int(link in self.links)
+
+    def nvmlDeviceGetNvLinkVersion(self, handle, link):
+        assert link in self.links
+        return 4
+
+    def nvmlDeviceGetP2PStatus(self, one, other, index):
+        return 0 if self.peers else 5
+
+
+@pytest.fixture
+def plant_nvml(monkeypatch):
+    def plant(**facts):
+        fake = FakeNvml(**facts)
+        monkeypatch.setitem(sys.modules, "pynvml", fake)
+        nvml.open_gpu.cache_clear()
+        return fake
+
+    return plant
+
+
+def with_uuid(properties, uuid):
+    return types.SimpleNamespace(**{**vars(properties), "uuid": uuid})
+
+
+def test_nvml_adds_links_and_versions(machine, plant_nvml, monkeypatch, tmp_path):
+    monkeypatch.setattr(probe, "_DRIVER", tmp_path / "not there")
+    machine(with_uuid(H200, "a"), with_uuid(H200, "b"))
+    plant_nvml(links=range(18))
+    spec = probe.detect(0)
+    assert {"nvlink", "nvlink_peers"} <= set(spec.features)
+    assert spec.software["nvlink"] == "18 links, version 4"
+    assert spec.software["pcie"] == "5 x16"
+    assert spec.software["driver"] == "580.65.06"
+    plant_nvml(links=range(18), peers=False)
+    assert "nvlink" in probe.detect(0).features
+    assert "nvlink_peers" not in probe.detect(0).features
+
+
+def test_one_gpu_has_links_and_no_peers(machine, plant_nvml):
+    machine(with_uuid(H200, "a"), with_uuid(L4, "b"))
+    plant_nvml(links=range(18))
+    assert "nvlink" in probe.detect(0).features
+    assert "nvlink_peers" not in probe.detect(0).features
+    plant_nvml()
+    assert "nvlink" not in probe.detect(1).features
+    assert "nvlink" not in probe.detect(1).software
+
+
+@pytest.mark.parametrize("refuse_all", [True, False])
+def test_without_nvml_its_facts_are_absent(machine, monkeypatch, plant_nvml, refuse_all):
+    machine(with_uuid(H200, "a"))
+    if refuse_all:
+        plant_nvml(refuse_all=True)
+    else:
+        monkeypatch.setitem(sys.modules, "pynvml", None)
+    spec = probe.detect(0)
+    assert not {"pcie", "nvlink", "mig"} & set(spec.software)
+    assert not {"nvlink", "nvlink_peers", "mig"} & set(spec.features)
+    assert spec.memory_bytes == H200.total_memory
+
+
+def test_a_mig_slice_has_its_own_memory_and_its_share_of_the_bandwidth(machine, plant_nvml):
+    piece = gpu(9, 0, 16, 20, memory_clock_rate=3_201_000, memory_bus_width=768, clock_rate=1_980_000, uuid="s")
+    machine(piece)
+    plant_nvml(slices=("s",))
+    spec = probe.detect(0)
+    assert spec.arch == "sm_90"
+    assert "mig" in spec.features
+    assert spec.memory_bytes == 18 << 30
+    assert spec.software["mig"] == "16 multiprocessors"
+    assert spec.peak_flops["bfloat16"] == pytest.approx(989.5e12 * 16 / 132)
+    assert spec.bandwidth_bytes_per_s == pytest.approx(4.8e12 / 8), "1g.18gb has one of eight memory slices"
+    assert "1/8" in spec.sources["bandwidth_bytes_per_s"]
+
+
+@pytest.mark.parametrize(
+    ("share", "eighths"), [(4864 / 40960, 1), (0.25, 2), (0.5, 4), (1.0, 8), (0.01, 1), (16 / 141, 1)]
+)
+def test_memory_slices_are_eighths(share, eighths):
+    rates = specs.Rates({}, 8.0, {"bandwidth_bytes_per_s": "x"})
+    assert specs.of_slice(rates, share).bandwidth_bytes_per_s == eighths
+
+
+def test_telemetry_of_a_mig_slice_is_of_its_gpu_and_its_own_memory(plant_nvml):
+    plant_nvml(slices=("1234",))
+    values = telemetry.read("1234")
+    assert values["sm_clock_mhz"] == 1980.0
+    assert values["memory_used_bytes"] == float(1 << 28)
+
+
+@pytest.mark.parametrize(
+    ("capability", "has", "lacks"),
+    [
+        ((7, 0), {"fp16", "tensor_cores", "cuda_graphs", "triton"}, {"bf16", "int8_tensor_cores", "tf32"}),
+        ((7, 5), {"int8_tensor_cores"}, {"bf16", "tf32", "fp8"}),
+        ((8, 0), {"bf16", "tf32"}, {"fp8", "tma"}),
+        ((8, 6), {"bf16", "tf32"}, {"fp8", "tma"}),
+        ((8, 9), {"fp8"}, {"tma", "wgmma", "mxfp8"}),
+        ((9, 0), {"fp8", "tma", "wgmma"}, {"mxfp8", "nvfp4", "tcgen05"}),
+        ((10, 0), {"mxfp8", "mxfp4", "nvfp4", "tcgen05", "tma"}, {"wgmma"}),
+        ((10, 3), {"mxfp8", "mxfp4", "nvfp4", "tcgen05", "tma"}, {"wgmma"}),
+        ((11, 0), {"tcgen05", "nvfp4"}, {"wgmma"}),
+        ((12, 0), {"fp8", "mxfp8", "nvfp4", "tma"}, {"wgmma", "tcgen05"}),
+        ((12, 1), {"fp8", "mxfp8", "nvfp4", "tma"}, {"wgmma", "tcgen05"}),
+    ],
+)
+def test_features_by_capability(capability, has, lacks):
+    found = set(specs.features(capability))
+    assert has <= found
+    assert not lacks & found
+
+
+def test_cublas_says_its_version_itself(monkeypatch, tmp_path):
+    maps = tmp_path / "maps"
+    maps.write_text("7f00-7f01 r-xp 00000000 08:01 42   /usr/lib/libcublasLt.so.13\n")
+    monkeypatch.setattr(probe, "_MAPS", maps)
+    asked = []
+
+    def version():
+        return 130002
+
+    monkeypatch.setattr(
+        probe.ctypes, "CDLL", lambda path: asked.append(path) or types.SimpleNamespace(cublasLtGetVersion=version)
+    )
+    assert probe._cublas_version() == "130002"
+    assert asked == ["/usr/lib/libcublasLt.so.13"]
+    maps.write_text("7f00-7f01 r-xp 00000000 08:01 42   /usr/lib/libc.so\n")
+    assert probe._cublas_version() == ""
+
 
 def test_telemetry_leaves_out_what_nvml_refuses(monkeypatch):
     fake = FakeNvml()
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", fake)
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
     values = telemetry.read("1234")
     assert fake.asked == "GPU-1234"
     assert values == {
@@ -192,7 +360,8 @@ def test_telemetry_leaves_out_what_nvml_refuses(monkeypatch):
 
 
 def test_telemetry_is_empty_without_nvml(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml(refuse_all=True))
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(refuse_all=True))
     assert telemetry.read("1234") == {}
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+    nvml.open_gpu.cache_clear()
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     assert telemetry.read("1234") == {}

@@ -25,7 +25,7 @@ from kernel_pytorch.validation.lift import lift_tree, lifted, lifted_model
 from kernel_pytorch.validation.oracle import Oracle, loss_of
 from kernel_pytorch.validation.precision import declared_dtype
 from kernel_pytorch.validation.subject import Subject, attempt, routed, seeded
-from kernel_pytorch.validation.vary import noise_like, zero_dropout
+from kernel_pytorch.validation.vary import nudged, zero_dropout
 
 __all__ = ["training_checks"]
 
@@ -33,7 +33,6 @@ _STEPS = {"quick": 0, "standard": 8, "strict": 16}
 _REORDERED = 20.0
 _CAST = 3.0
 _SPREAD = 20.0
-_NUDGE = 1e-6
 _NARROW_CURVE = 1e-3
 """What 16-bit activations alone, rounded in another order, move a loss by: 1.5e-4 between two attentions."""
 _UNMEASURABLE = 0.3
@@ -183,17 +182,6 @@ def _losses(
     return losses
 
 
-def _nudged(model: nn.Module) -> nn.Module:
-    """Move parameters by 1e-6, or as far as their format resolves, in place."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.is_floating_point():
-                size = max(_NUDGE, torch.finfo(p.dtype).eps / 4)
-                p.mul_(1 + size * noise_like(p, generator))
-    return model
-
-
 def _resolution(model: nn.Module) -> float:
     """Return the rounding unit of the narrowest floating-point parameter, relative to fp32's."""
     return max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
@@ -215,14 +203,14 @@ def _curve(
 
     def plain(shift: int = 0, *, nudge: bool = False, context: Callable[[], Any] = nullcontext) -> list[float]:
         model = clone_model(oracle.reference) if dropout else _reference(oracle)
-        model = _nudged(model) if nudge else model
+        model = nudged(model) if nudge else model
         return _losses(model, loss, _optimizer(workload, model), batches, seed=seed + shift, context=context)
 
     key = f"curve {oracle.identity} {seed} {steps} {dropout}"
     want = oracle.memo.get(f"{key} plain", plain)
-    nudged = oracle.memo.get(f"{key} nudged", lambda: plain(nudge=True))
+    moved = oracle.memo.get(f"{key} nudged", lambda: plain(nudge=True))
     narrow = _resolution(oracle.reference) > 1e-4
-    spread = [_apart(want, nudged) * (_CAST if narrow else _SPREAD)]
+    spread = [_apart(want, moved) * (_CAST if narrow else _SPREAD)]
     if oracle.observed(case).drew:
         shifts = (101, 202, 303)
         spread += [2 * _apart(want, oracle.memo.get(f"{key} {s}", lambda s=s: plain(s))) for s in shifts]  # type: ignore[misc]

@@ -19,7 +19,7 @@ from kernel_pytorch.core.workload import Call
 
 __all__ = [
     "batch_size",
-    "noise_like",
+    "nudged",
     "perturb",
     "redrawn",
     "resized",
@@ -33,6 +33,7 @@ _FEW = 3
 """Integer or buffer tensors with at most this many distinct values are masks, not data."""
 
 _PERIOD = 16_381
+_NUDGE = 1e-6
 _SHORT = 8
 """Length of the rows of a call with more samples than the workload's, whose fp64 run would else cost the most."""
 
@@ -52,18 +53,29 @@ def perturb(model: nn.Module, seed: int) -> None:
         seen.add(id(tensor))
         with torch.no_grad():
             value = tensor.detach()
-            noise = noise_like(value, generator)
+            noise = _noise_like(value, generator)
             if id(tensor) in parameters:
                 value.copy_(_moved(value, noise))
             elif not _is_mask(value):
                 value.copy_(value * torch.exp(0.2 * noise) if bool((value > 0).all()) else _moved(value, noise))
 
 
-def noise_like(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _noise_like(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return normal noise like a tensor; repeated with a prime period, for drawing tens of millions takes a second."""
     count = value.numel()
     drawn = torch.randn(min(count, _PERIOD), generator=generator, dtype=torch.float64).to(value)
     return drawn.repeat(-(-count // _PERIOD))[:count].view(value.shape)
+
+
+def nudged(model: nn.Module) -> nn.Module:
+    """Move parameters by 1e-6, or as far as their format resolves, in place."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.is_floating_point():
+                size = max(_NUDGE, torch.finfo(p.dtype).eps / 4)
+                p.mul_(1 + size * _noise_like(p, generator))
+    return model
 
 
 def _moved(value: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
