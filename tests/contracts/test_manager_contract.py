@@ -14,7 +14,7 @@ from kernel_pytorch.core.protocols import HardwareManager
 from kernel_pytorch.core.types import DeviceSpec
 from kernel_pytorch.core.workload import Call
 
-DEVICE_TYPES = {"cpu": "cpu", "nvidia": "cuda"}
+DEVICE_TYPES = {"amd": "cuda", "cpu": "cpu", "intel": "xpu", "nvidia": "cuda"}
 MB = 1 << 20
 
 

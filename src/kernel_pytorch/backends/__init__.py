@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 __all__ = ["manager_for"]
 
-_MANAGERS = {"cpu": "CpuHardwareManager", "nvidia": "NvidiaHardwareManager"}
+_MANAGERS = {
+    "amd": "AmdHardwareManager",
+    "cpu": "CpuHardwareManager",
+    "intel": "IntelHardwareManager",
+    "nvidia": "NvidiaHardwareManager",
+}
 
 
 def manager_for(device: str = "auto") -> HardwareManager:

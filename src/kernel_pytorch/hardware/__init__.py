@@ -13,18 +13,17 @@ if TYPE_CHECKING:
 
 __all__ = ["VENDORS", "cache_bytes", "detect", "split_device"]
 
-VENDORS: tuple[str, ...] = ("nvidia", "cpu")
+VENDORS: tuple[str, ...] = ("nvidia", "amd", "intel", "cpu")
 """Vendors with a package under `hardware` and `backends` and a contract suite that runs them; `auto` tries in
 this order."""
-
-_TORCH_NAMES = {"cuda": "nvidia"}
 
 
 def detect(device: str = "auto") -> DeviceSpec:
     """Return the facts of a device, detected once per process.
 
     Args:
-        device: `auto` (the first vendor present), a vendor (`cpu`, `nvidia`), or a torch device (`cuda`, `cuda:1`).
+        device: `auto` (the first vendor present), a vendor (`cpu`, `nvidia`, `amd:1`), or a torch device (`cuda:1`,
+            `xpu`); `cuda` is an AMD GPU where torch is a ROCm build.
 
     Raises:
         KptError: The device is unknown, not supported, or not present.
@@ -46,10 +45,10 @@ def split_device(device: str) -> tuple[str, int]:
     if name == "auto":
         present = (vendor for vendor in VENDORS if _probe(vendor).absent(index) is None)
         return next(present), index
-    vendor = _TORCH_NAMES.get(name, name)
+    vendor = _vendor_of(name)
     if vendor not in VENDORS:
         raise KptError(
-            f"device {device!r} is not supported; supported here: auto, cpu, nvidia (cuda, cuda:N)",
+            f"device {device!r} is not supported; supported here: auto, cpu, nvidia or amd (cuda, cuda:N), intel (xpu)",
             fix="docs/adding-a-backend.md tells how to add a vendor",
         )
     absent = _probe(vendor).absent(index)
@@ -65,6 +64,15 @@ def cache_bytes(device: DeviceSpec) -> int:
     """
     size: int = _probe(device.vendor).cache_bytes()
     return size
+
+
+def _vendor_of(name: str) -> str:
+    """Return the vendor of a torch device type; another name as it is."""
+    if name == "cuda":
+        import torch
+
+        return "nvidia" if torch.version.hip is None else "amd"
+    return {"xpu": "intel"}.get(name, name)
 
 
 def _probe(vendor: str) -> Any:

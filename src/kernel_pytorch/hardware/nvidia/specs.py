@@ -7,9 +7,13 @@ by the clock. A part with a lower power limit or clock than the reference reache
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-__all__ = ["Rates", "features", "peak_rates"]
+__all__ = ["Rates", "features", "of_slice", "peak_rates"]
+
+_MEMORY_SLICES = 8
+"""A MIG-capable GPU divides its memory, with the bandwidth to it, into eighths (MIG user guide, `1g` to `7g`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +162,24 @@ _REFERENCES: dict[tuple[int, int], _Reference] = {
         },
         ((0, 1.792e12),),
     ),
+    # https://www.nvidia.com/en-us/products/workstations/dgx-spark/ (GB10: 1000 FP4 with sparsity; 273 GB/s of LPDDR5x;
+    # the other rates in the proportions of sm_120)
+    (12, 1): _Reference(
+        "DGX Spark product page",
+        48,
+        0,
+        {
+            "float64": 0.488,
+            "float32": 31.25,
+            "tf32": 62.5,
+            "float16": 125.0,
+            "bfloat16": 125.0,
+            "float8_e4m3fn": 250.0,
+            "int8": 250.0,
+            "nvfp4": 500.0,
+        },
+        ((0, 0.273e12),),
+    ),
 }
 
 
@@ -202,26 +224,42 @@ def peak_rates(
     return Rates(flops, bandwidth, sources)
 
 
+def of_slice(rates: Rates, memory_share: float) -> Rates:
+    """Return the rates with the bandwidth of a MIG slice that has a share of the memory, rounded up to eighths.
+
+    The rates of computation follow the slice's multiprocessors already.
+    """
+    if not rates.bandwidth_bytes_per_s:
+        return rates
+    eighths = min(_MEMORY_SLICES, max(1, math.ceil(_MEMORY_SLICES * memory_share - 0.25)))
+    name = "bandwidth_bytes_per_s"
+    sources = {**rates.sources, name: f"{rates.sources[name]}, {eighths}/{_MEMORY_SLICES} of it"}
+    return Rates(rates.flops, rates.bandwidth_bytes_per_s * eighths / _MEMORY_SLICES, sources)
+
+
 def features(capability: tuple[int, int]) -> tuple[str, ...]:
     """Return what an arch can do in hardware.
 
-    `CUDA C++ Programming Guide`, compute capabilities; PTX ISA, `mma` and `tcgen05.mma`.
+    `CUDA C++ Programming Guide`, compute capabilities; PTX ISA, `mma`, `wgmma` (sm_90 alone), `tcgen05` (sm_100,
+    sm_103, and sm_110, which was sm_101) and `cp.async.bulk.tensor` (`tma`).
     """
     since: tuple[tuple[tuple[int, int], str], ...] = (
         ((5, 3), "fp16"),
         ((7, 0), "cuda_graphs"),
         ((7, 0), "tensor_cores"),
         ((7, 0), "triton"),
-        ((7, 5), "int8_tensor_cores"),
+        ((7, 2), "int8_tensor_cores"),
         ((8, 0), "bf16"),
         ((8, 0), "tf32"),
         ((8, 9), "fp8"),
+        ((9, 0), "tma"),
+        ((10, 0), "mxfp4"),
         ((10, 0), "mxfp8"),
         ((10, 0), "nvfp4"),
     )
     found = [name for least, name in since if capability >= least]
     if capability == (9, 0):
         found.append("wgmma")
-    if capability[0] == 10:
+    if capability[0] in (10, 11):
         found.append("tcgen05")
     return tuple(sorted(found))

@@ -1,0 +1,1 @@
+"""How to run and time on AMD GPUs under ROCm; unverified: nobody has run the contract suite on one."""
