@@ -30,7 +30,17 @@ from kernel_pytorch.transforms.ceilings import bounded
 from kernel_pytorch.transforms.plain_source import plain_source
 from kernel_pytorch.transforms.trees import map_tensors
 
-__all__ = ["CudaGraph", "Graphed", "Pointers", "Recorder", "Unrecordable", "graphed", "no_graphs_on", "signature"]
+__all__ = [
+    "CudaGraph",
+    "Graphed",
+    "Pointers",
+    "Recorder",
+    "Unrecordable",
+    "graphed",
+    "no_graphs_on",
+    "opaque",
+    "signature",
+]
 
 _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _WARM_UPS = 2
@@ -217,7 +227,7 @@ def no_graphs_on(model: nn.Module) -> str:
     return ""
 
 
-def _opaque(value: Any) -> str:
+def opaque(value: Any) -> str:
     """Return the type of the first object in an output that `map_tensors` would pass on uncopied; else empty."""
     if isinstance(value, (torch.Tensor, *_CONSTANTS)):
         return ""
@@ -229,7 +239,7 @@ def _opaque(value: Any) -> str:
         inner = [getattr(value, name) for name in type(value).__dataclass_fields__]
     else:
         return type(value).__name__
-    return next((kind for kind in map(_opaque, inner) if kind), "")
+    return next((kind for kind in map(opaque, inner) if kind), "")
 
 
 class Graphed:
@@ -333,8 +343,8 @@ class Graphed:
                 torch.cuda.set_rng_state(drawn, device)
             if not reason and [x._version for x in static] != versions:  # noqa: SLF001
                 reason = "the call changes an input in place"
-            if not reason and _opaque(out):
-                reason = f"it returns a {_opaque(out)}, whose tensors the next replay would overwrite"
+            if not reason and opaque(out):
+                reason = f"it returns a {opaque(out)}, whose tensors the next replay would overwrite"
             if reason:
                 raise CandidateError(f"it cannot be recorded as a CUDA graph: {reason}")
             return static, self._recorder.capture(run)
