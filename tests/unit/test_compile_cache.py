@@ -40,12 +40,19 @@ def inductor(tmp_path, monkeypatch):
     (root / "ab" / "cabc.cpp").write_text("int check();")
     (root / "ab" / "cdef.main.so").write_bytes(b"a kernel of somebody else")
     (root / "ab" / "cdef.main.cpp").write_text("int kernel();")
+    (root / "ab" / "cghi.main.so").write_bytes(b"a kernel of this process")
+    maps = tmp_path / "maps"
+    maps.write_text(
+        f"7f00-7f01 r-xp 00000000 08:01 42    {root}/ab/cghi.main.so\n7f02-7f03 rw-p 00000000 00:00 0 \n"
+        f"7f04-7f05 r-xp 00000000 08:01 43    /usr/lib/libc.so\n7f06-7f07 r-xp 0 08:01 44    {root}/ab/gone.so\n"
+    )
+    monkeypatch.setattr(compile_cache, "_MAPS", maps)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(root))
     loaded: list[bytes] = []
     info = types.SimpleNamespace(artifacts={"inductor": ["key"]})
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (CONTENT, info))
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda content: loaded.append(content) or info)
-    return types.SimpleNamespace(root=root, loaded=loaded)
+    return types.SimpleNamespace(root=root, loaded=loaded, maps=maps)
 
 
 @pytest.fixture
@@ -62,20 +69,14 @@ def test_what_was_saved_is_loaded_where_it_is_trusted(inductor, saved, tmp_path,
     assert compile_cache.load(saved, device(), trust=True) is None
     assert inductor.loaded == [CONTENT]
     assert (fresh / "ab" / "cabc.so").read_bytes() == b"a check of the instruction set"
+    assert (fresh / "ab" / "cghi.main.so").read_bytes() == b"a kernel of this process"
     assert not list(fresh.rglob("cdef*")), "a kernel that this process has not loaded is not its own"
 
 
-def test_a_library_that_this_process_has_mapped_is_carried(inductor, tmp_path, monkeypatch):
-    kernel = inductor.root / "ab" / "cdef.main.so"
-    maps = tmp_path / "maps"
-    maps.write_text(
-        f"7f00-7f01 r-xp 00000000 08:01 42    {kernel}\n7f02-7f03 rw-p 00000000 00:00 0 \n"
-        f"7f04-7f05 r-xp 00000000 08:01 43    /usr/lib/libc.so\n"
-    )
-    monkeypatch.setattr(compile_cache, "_MAPS", maps)
+def test_without_a_library_of_its_own_no_check_is_carried(inductor, tmp_path):
+    inductor.maps.write_text("7f04-7f05 r-xp 00000000 08:01 43    /usr/lib/libc.so\n")
     assert compile_cache.save(tmp_path / "artifacts", device()) is None
-    names = zipfile.ZipFile(tmp_path / "artifacts" / "compile_cache.zip").namelist()
-    assert names == ["torch_artifacts.bin", "native/ab/cabc.so", "native/ab/cdef.main.so"]
+    assert zipfile.ZipFile(tmp_path / "artifacts" / "compile_cache.zip").namelist() == ["torch_artifacts.bin"]
 
 
 def test_without_trust_nothing_is_loaded(inductor, saved):
@@ -191,7 +192,7 @@ def test_a_newer_format_is_told(inductor, saved):
 
 def test_nothing_compiled_saves_nothing(inductor, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: None)
-    monkeypatch.setattr(compile_cache, "_native_objects", dict)
+    inductor.maps.write_text("")
     assert isinstance(compile_cache.save(tmp_path / "artifacts", device()), Skip)
     assert not (tmp_path / "artifacts").exists()
 
@@ -219,6 +220,10 @@ def test_a_recording_that_raises_saves_nothing(inductor, tmp_path):
     with compile_cache.recording(tmp_path / "artifacts", device()):
         pass
     assert compile_cache.present(tmp_path / "artifacts")
+    with pytest.raises(KeyError), compile_cache.recording(tmp_path / "artifacts", device()):
+        raise KeyError("planted")
+    assert not compile_cache.present(tmp_path / "artifacts"), "what was there is of another choice"
+    compile_cache.save(tmp_path / "artifacts", device())
     compile_cache.discard(tmp_path / "artifacts")
     assert list((tmp_path / "artifacts").iterdir()) == []
 

@@ -102,11 +102,15 @@ def save(directory: Path, device: DeviceSpec) -> Skip | None:
 def recording(directory: Path, device: DeviceSpec) -> Iterator[None]:
     """Save what is compiled inside, and nothing that was compiled before; nothing is saved where it raises.
 
+    What was saved there before goes first: it is of another choice.
+
     Raises:
         OutputDirectoryError: The directory cannot be written.
     """
     from torch.compiler import _cache
 
+    if present(directory):
+        discard(directory)
     fresh = getattr(_cache.CacheArtifactManager, "with_fresh_cache", None)
     if fresh is None:  # an older torch: what was compiled before is saved too
         yield
@@ -243,19 +247,19 @@ def _cache_root() -> Path:
 def _native_objects() -> dict[str, Path]:
     """Return the shared objects in Inductor's cache that a process like this one loads, by path relative to it.
 
-    Those that this process has mapped, and Inductor's checks of the instruction set, `X.so` beside `X.cpp` (kernels
-    are `X.main.cpp`): four compilations, 5 s of the first call (measured), that load in a process of their own.
+    Those that this process has mapped; with them Inductor's checks of the instruction set, `X.so` beside `X.cpp`
+    (kernels are `X.main.cpp`), which load in a process of their own: four compilations, 5 s of a first call (measured).
     """
     root = _cache_root()
-    found: set[Path] = set()
-    if _MAPS.exists():
-        mapped = {line.split(maxsplit=5)[-1] for line in _MAPS.read_text(encoding="utf-8").splitlines()}
-        found |= {Path(p) for p in mapped if p.startswith(f"{root}{os.sep}") and p.endswith(".so")}
-    for source in root.glob("*/*.cpp"):
-        built = source.with_suffix(".so")
-        if source.stem.isalnum() and built.is_file() and built.stat().st_size <= _LARGEST_CHECK_BYTES:
-            found.add(built)
-    return {p.relative_to(root).as_posix(): p for p in sorted(found) if p.is_file()}
+    if not _MAPS.exists():  # not Linux: torch's artifacts alone
+        return {}
+    mapped = {line.split(maxsplit=5)[-1] for line in _MAPS.read_text(encoding="utf-8").splitlines()}
+    found = {Path(p) for p in mapped if p.startswith(f"{root}{os.sep}") and p.endswith(".so")}
+    found = {p for p in found if p.is_file()}
+    if found:
+        checks = (p.with_suffix(".so") for p in root.glob("*/*.cpp") if p.stem.isalnum())
+        found |= {p for p in checks if p.is_file() and p.stat().st_size <= _LARGEST_CHECK_BYTES}
+    return {p.relative_to(root).as_posix(): p for p in sorted(found)}
 
 
 def _digest(path: Path) -> str:
