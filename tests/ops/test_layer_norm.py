@@ -13,8 +13,8 @@ from kernel_pytorch.ops.layer_norm.shapes import AWKWARD
 
 from .conftest import run_interpreted
 
-# The interpreter rounds to bfloat16 towards zero.
-ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# The interpreter rounds to bfloat16 towards zero; tests/gpu/test_ops.py has the real bound.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 4e-2}
 
 
 def test_kernels_under_the_interpreter() -> None:

@@ -1,0 +1,258 @@
+"""Time the fused kernels beside PyTorch, `torch.compile` of their definitions, and other kernels that are installed.
+
+For each case the results are compared with fp64 first; what is wrong gets no time. Then all variants are timed in turn,
+`--samples` rounds, each from a cold L2 cache: the cache is overwritten, the GPU is kept busy while the host queues the
+work, and two CUDA events bracket it, so that the time is the GPU's own. Bandwidth counts the least bytes the operation
+moves, whatever a variant moves, and is told as a share of what large copies reach in the same run.
+
+    python benchmarks/kernels.py -o benchmarks/results/DEVICE/kernels.json [--only rms_norm] [--quick] [--tune]
+
+Finished cases in the file are kept; `--smoke` runs tiny shapes on the CPU, under TRITON_INTERPRET=1 the kernels too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._functorch import config as functorch_config
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from kernel_cases import Case, Inputs, cases
+
+BUSY_CYCLES = 1_000_000
+"""Clock cycles the GPU waits before each timed run: about 0.6 ms, more than the host needs to queue one backward."""
+
+
+class Clock:
+    """Times one call; on a GPU from a cold L2 cache, in its own time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.gpu = device.type == "cuda"
+        if self.gpu:
+            from kernel_pytorch.hardware import cache_bytes, detect
+
+            self.scratch = torch.empty(max(2 * cache_bytes(detect("cuda")), 64 << 20), dtype=torch.int8, device=device)
+
+    def time_ms(self, fn: Callable[[], Any]) -> float:
+        if not self.gpu:
+            start = time.perf_counter()
+            fn()
+            return (time.perf_counter() - start) * 1e3
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.scratch.zero_()
+        torch.cuda._sleep(BUSY_CYCLES)
+        begin.record()
+        fn()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+def all_cases(*, smoke: bool) -> list[Case]:
+    found = cases(smoke=smoke)
+    for path in sorted(Path(__file__).parent.glob("kernel_cases_*.py")):
+        module = importlib.import_module(path.stem)
+        found += module.SMOKE_CASES if smoke and hasattr(module, "SMOKE_CASES") else [] if smoke else module.CASES
+    return found
+
+
+def copy_bandwidth(clock: Clock, device: torch.device, *, smoke: bool) -> dict[str, Any]:
+    """Return bytes a second, read plus written, of large copies on the device."""
+    size = 1 << 20 if smoke else 1 << 31
+    source, target = torch.randint(0, 100, (size,), dtype=torch.uint8, device=device), None
+    target = torch.empty_like(source)
+    times = [clock.time_ms(lambda: target.copy_(source)) for _ in range(2 if smoke else 12)][1:]
+    return {"bytes": 2 * size, "samples_ms": times, "bytes_per_s": 2 * size / statistics.median(times) * 1e3}
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    if got.shape != want.shape:
+        return float("inf")
+    return float((got.detach().double() - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def poison(device: torch.device) -> None:
+    """Fill free memory with NaN, so that what a kernel does not write shows."""
+    if device.type == "cuda":
+        for size in (1 << 30, 1 << 28, 1 << 22, 1 << 16, 1 << 9):
+            blocks = [torch.full((size // 4,), float("nan"), device=device) for _ in range(2)]
+            del blocks
+
+
+def errors_of(phases: Mapping[str, Callable[[], Any]], truth: Mapping[str, Any]) -> dict[str, list[float]]:
+    found = {}
+    for phase, run in phases.items():
+        results = run()
+        found[phase] = [relative_error(got, want) for got, want in zip(results, truth[phase], strict=True)]
+    return found
+
+
+def rounds(clock: Clock, calls: Mapping[Any, Callable[[], Any]], samples: int) -> dict[Any, list[float]]:
+    """Return the times of each call, taken in turn, in alternating order; two rounds go before."""
+    times: dict[Any, list[float]] = {key: [] for key in calls}
+    for i in range(samples + 2):
+        for key in calls if i % 2 else reversed(calls):
+            taken = clock.time_ms(calls[key])
+            if i >= 2:
+                times[key].append(taken)
+    return times
+
+
+def row(case: Case, variant: str, phase: str, **more: Any) -> dict[str, Any]:
+    return {"op": case.op, "case": case.label, "variant": variant, "phase": phase, **more}
+
+
+def timed(case: Case, phase: str, samples_ms: list[float], copy: float) -> dict[str, Any]:
+    median = statistics.median(samples_ms)
+    rate = case.bytes[phase] / median * 1e3
+    mad = statistics.median(abs(s - median) for s in samples_ms)
+    return {"median_ms": median, "mad_ms": mad, "bytes_per_s": rate, "of_copy": rate / copy, "samples_ms": samples_ms}
+
+
+def measure(case: Case, clock: Clock, device: torch.device, samples: int, copy: float) -> list[dict[str, Any]]:
+    """Return one row for each variant and phase: its errors and times, or why there are none."""
+    torch._dynamo.reset()
+    inputs = case.make(device)
+    truth = case.oracle(inputs)
+    rows, calls, errors = [], {}, {}
+    for variant, build in case.variants.items():
+        poison(device)
+        try:
+            start = time.perf_counter()
+            phases = build(own(inputs))
+            found = errors_of(phases, truth)
+            seconds = time.perf_counter() - start
+        except Exception as error:
+            rows.append(row(case, variant, "all", failed=f"{type(error).__name__}: {error}"[:300]))
+            continue
+        for phase, run in phases.items():
+            worst = max(found[phase])
+            more = {"errors": found[phase], "first_call_s": seconds}
+            if worst <= case.tolerance:
+                calls[variant, phase] = run
+                errors[variant, phase] = more
+            else:
+                rows.append(row(case, variant, phase, failed=f"error {worst:.2e} > {case.tolerance:.0e}", **more))
+    del truth
+    for phase in case.bytes:
+        times = rounds(clock, {key: run for key, run in calls.items() if key[1] == phase}, samples)
+        rows += [row(case, key[0], phase, **errors[key], **timed(case, phase, t, copy)) for key, t in times.items()]
+    return rows
+
+
+def own(inputs: Inputs) -> Inputs:
+    """Return copies in the same memory order, for some kernels write into their inputs."""
+    return {name: x.detach().clone(memory_format=torch.preserve_format) for name, x in inputs.items()}
+
+
+def tune(case: Case, clock: Clock, device: torch.device, samples: int, copy: float) -> list[dict[str, Any]]:
+    """Return one row for each launch of the case's tunings."""
+    inputs, rows = case.make(device), []
+    for phase in case.bytes:
+        calls = {}
+        for (which, name), build in case.tunings.items():
+            if which == phase:
+                try:
+                    run = build(inputs)
+                    run()
+                except Exception as error:
+                    rows.append(row(case, name, phase, failed=f"{type(error).__name__}: {error}"[:200]))
+                    continue
+                calls[name] = run
+        times = rounds(clock, calls, samples) if calls else {}
+        rows += [row(case, name, phase, **timed(case, phase, t, copy)) for name, t in times.items()]
+    return rows
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    from kernel_pytorch.backends import manager_for
+    from kernel_pytorch.hardware import detect
+
+    versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    for name in ("triton", "liger_kernel", "quack"):
+        try:
+            versions[name] = str(getattr(importlib.import_module(name), "__version__", "installed"))
+        except ImportError as error:
+            versions[name] = f"absent: {error}"
+    name = "cuda" if device.type == "cuda" else "cpu"
+    return {
+        "device": dataclasses.asdict(detect(name)),
+        "versions": versions,
+        "telemetry": dict(manager_for(name).telemetry()),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return milliseconds and share of copy bandwidth, one line a case and phase, one column a variant."""
+    lines = {}
+    for r in rows:
+        lines.setdefault((r["op"], r["case"], r["phase"]), []).append(r)
+    text = []
+    for (op, case, phase), found in lines.items():
+        cells = []
+        for r in sorted(found, key=lambda r: r.get("median_ms", 1e9)):
+            done = f"{r['median_ms']:.3f} ({r['of_copy']:.0%})" if "median_ms" in r else f"- {r['failed'][:60]}"
+            cells.append(f"{r['variant']} {done}")
+        text.append(f"{op} {case} {phase}: " + ", ".join(cells))
+    return "\n".join(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--only", help="operations, separated by commas")
+    parser.add_argument("--quick", action="store_true", help="only the first case of each operation")
+    parser.add_argument("--tune", action="store_true", help="compare launches of the kernels instead")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=90.0, help="begin no case after this time")
+    args = parser.parse_args()
+    begun = time.perf_counter()
+    device = torch.device("cpu" if args.smoke else "cuda")
+    # The backward of a compiled function runs many times on one graph here.
+    functorch_config.donated_buffer = False
+    clock = Clock(device)
+    copy = copy_bandwidth(clock, device, smoke=args.smoke)
+    kind = "tuning" if args.tune else "rows"
+    held = json.loads(args.output.read_text()) if args.output.exists() else {}
+    artefact = {"rows": [], "tuning": [], **held, "environment": environment(device), "copy": copy}
+    wanted = all_cases(smoke=args.smoke)
+    if args.only:
+        wanted = [case for case in wanted if case.op in args.only.split(",")]
+    if args.quick:
+        wanted = list({case.op: case for case in reversed(wanted)}.values())[::-1]
+    done = {(r["op"], r["case"]) for r in artefact[kind]}
+    for case in wanted:
+        if (case.op, case.label) in done:
+            continue
+        if time.perf_counter() - begun > args.seconds:
+            print(f"not begun after {args.seconds:.0f} s: {case.op} {case.label}")
+            continue
+        try:
+            work = tune if args.tune else measure
+            rows = work(case, clock, device, args.samples, copy["bytes_per_s"])
+        except Exception as error:
+            rows = [row(case, "all", "all", failed=f"{type(error).__name__}: {error}"[:300])]
+        artefact[kind] += rows
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(artefact, indent=1) + "\n")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    names = {(case.op, case.label) for case in wanted}
+    print(f"copy {copy['bytes_per_s'] / 1e12:.2f} TB/s; {time.perf_counter() - begun:.0f} s; ms (share of copy):")
+    print(table([r for r in artefact[kind] if (r["op"], r["case"]) in names]))
+
+
+if __name__ == "__main__":
+    main()
