@@ -1,0 +1,294 @@
+"""Causal masks that transformers and models by hand build are found by behaviour, and replaced where that is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernel_pytorch.core.program import begin, clone_model, restore, ship, state_digest
+from kernel_pytorch.core.protocols import Program
+from kernel_pytorch.core.types import Mode, Step
+from kernel_pytorch.core.workload import Call
+from kernel_pytorch.errors import CandidateError
+from kernel_pytorch.transforms.attention_calls import using
+from kernel_pytorch.transforms.causal_mask import CausalMask
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*_stable_hash_for_caching:UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*register_constant.*"),
+]
+
+STEP = Step("causal_mask")
+VOCAB, LENGTH = 50, 12
+NATIVE = torch._C._nn  # a name for its SDPA here would be replaced, as any that a caller has
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+def tokens(batch: int = 2, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class GPT(nn.Module):
+    """One layer by hand; the mask is a buffer, built on the spot, or `is_causal`."""
+
+    def __init__(self, kind: str = "buffer", window: int = 0, length: int = 64) -> None:
+        super().__init__()
+        self.kind, self.window = kind, window
+        self.table = nn.Embedding(VOCAB, 32)
+        self.projections = nn.Linear(32, 96)
+        self.norm = nn.LayerNorm(32)
+        self.head = nn.Linear(32, VOCAB)
+        self.register_buffer("mask", torch.full((length, length), float("-inf")).triu(1))
+
+    def make_mask(self, ids: torch.Tensor) -> torch.Tensor | None:
+        n = ids.shape[1]
+        if self.kind == "buffer":
+            return self.mask[:n, :n]
+        if self.kind == "bool":
+            return torch.ones(n, n, dtype=torch.bool).tril()[None, None].expand(len(ids), -1, -1, -1)
+        if self.kind == "gpt2":
+            return torch.where(torch.ones_like(ids[0]).expand(n, n).tril().bool(), 0.0, -1e4)
+        if self.kind == "window":
+            place = torch.arange(n)
+            return (place[None] <= place[:, None]) & (place[None] > place[:, None] - self.window)
+        if self.kind == "padding":
+            return (torch.ones(n, n, dtype=torch.bool).tril() & (ids >= 0)[:, None, :])[:, None]
+        if self.kind == "chosen":
+            return self.mask[:n, :n] if bool((ids >= 0).all()) else torch.zeros(n, n)
+        if self.kind == "alibi":
+            place = torch.arange(n)
+            return self.mask[:n, :n] - 0.5 * (place[:, None] - place[None]).clamp_min(0)
+        return None
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.table(ids)
+        q, k, v = self.projections(self.norm(x)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        mask = self.make_mask(ids) if mask is None else mask
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.kind == "is_causal")
+        return self.head(x + y.transpose(1, 2).flatten(2))
+
+
+class Encoder(nn.Module):
+    """`nn.TransformerEncoder` with a causal mask, which it hands on to `nn.MultiheadAttention`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
+        return self.layers(self.table(ids), mask=mask, is_causal=False)
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, 32)
+        self.heads = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+        return self.heads(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+
+def hugging_face(kind: str, **settings: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, "vocab_size": VOCAB, **settings})
+    torch.manual_seed(0)
+    name = "BertForMaskedLM" if kind == "Bert" else f"{kind}ForCausalLM"
+    return getattr(transformers, name)(config).eval()
+
+
+def llama(**settings: Any) -> nn.Module:
+    return hugging_face("Llama", num_key_value_heads=2, **settings)
+
+
+def made(factory: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return factory().eval()
+
+
+PROGRAMS: list[Program] = []
+
+
+@pytest.fixture(autouse=True)
+def _undo() -> Iterator[None]:
+    yield
+    while PROGRAMS:
+        for undo in reversed(PROGRAMS.pop().undo):
+            undo()
+
+
+def applied(model: nn.Module, call: Call | None = None, mode: Mode = Mode.INFERENCE, **program: Any) -> Program:
+    call = call or Call((tokens(),))
+    PROGRAMS.append(begin(model.train(mode is Mode.TRAINING), mode, {"main": call}, **program))
+    return CausalMask().apply(PROGRAMS[-1], STEP)
+
+
+def logits(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def masks_seen(call: Callable[[], Any]) -> list[tuple[bool, bool]]:
+    """Return of each attention that reaches PyTorch whether it has a mask, and `is_causal`."""
+    seen = []
+
+    def route(query: Any, key: Any, value: Any, options: dict[str, Any], rest: Callable[..., Any]) -> Any:
+        seen.append((options["attn_mask"] is not None, options["is_causal"]))
+        return rest(query, key, value, options)
+
+    outer = using(route)
+    outer.enter()
+    try:
+        call()
+    finally:
+        outer.leave()
+    return seen
+
+
+def traced_masks(call: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[bool, bool]]:
+    """Compile a call without graph breaks; return of each attention in the graph whether it has a mask, `is_causal`."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.compile(call, backend=backend, fullgraph=True)(*args, **kwargs)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert len(graphs) == 1
+    assert not [n for n in graphs[0].graph.nodes if n.target is F.multi_head_attention_forward]
+    nodes = [n for n in graphs[0].graph.nodes if n.target is NATIVE.scaled_dot_product_attention]
+    given = [{**dict(zip(ARGUMENTS, n.args, strict=False)), **n.kwargs} for n in nodes]
+    return [(g.get("attn_mask") is not None, bool(g.get("is_causal", False))) for g in given]
+
+
+BY_HAND = {
+    "buffer": lambda: GPT("buffer"),
+    "bool": lambda: GPT("bool"),
+    "gpt2": lambda: GPT("gpt2"),
+    "wide window": lambda: GPT("window", window=LENGTH),
+    "encoder": Encoder,
+    "heads": Heads,
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_masks_built_by_hand_are_dropped(name: str) -> None:
+    original = made(BY_HAND[name]).train()  # inference of the encoder would take the fused path
+    program = applied(clone_model(original), mode=Mode.TRAINING)
+    for ids in (tokens(), tokens(1), tokens(3, 5), tokens(2, 1)):
+        with torch.no_grad():
+            assert torch.allclose(program.call(ids), original(ids), atol=2e-6)
+            seen = masks_seen(lambda ids=ids: program.call(ids))
+        assert seen
+        assert set(seen) == {(False, True)}
+    assert set(traced_masks(program.call, tokens())) == {(False, True)}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_gradients_are_those_of_the_mask(name: str) -> None:
+    original = made(BY_HAND[name]).train()
+    program = applied(clone_model(original), mode=Mode.TRAINING)
+    original(tokens()).square().mean().backward()
+    program.call(tokens()).square().mean().backward()
+    for (path, one), two in zip(original.named_parameters(), program.model.parameters(), strict=True):
+        assert torch.allclose(one.grad, two.grad, atol=1e-6), path
+
+
+def test_longer_inputs_than_were_observed_keep_their_mask() -> None:
+    original = made(lambda: GPT("window", window=LENGTH))
+    program = applied(clone_model(original))
+    longer = tokens(2, LENGTH + 5)
+    with torch.no_grad():
+        assert masks_seen(lambda: program.call(longer)) == [(True, False)]
+        assert torch.equal(program.call(longer), original(longer))
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        (lambda: GPT("window", window=4), "is not the causal mask"),
+        (lambda: GPT("alibi"), "is not the causal mask"),
+        (lambda: GPT("padding"), "depends on the values of an input"),
+        (lambda: GPT("chosen"), "reads some of them before"),
+        (lambda: GPT("is_causal"), "no attention call has a mask"),
+        (lambda: nn.Embedding(VOCAB, 4), "does not call scaled_dot_product_attention"),
+    ],
+)
+def test_what_cannot_be_dropped_is_refused_in_words(factory: Callable[[], nn.Module], words: str) -> None:
+    with pytest.raises(CandidateError, match=words):
+        applied(made(factory))
+
+
+def test_a_mask_that_is_given_is_refused_and_one_given_later_is_honoured() -> None:
+    original = made(lambda: GPT("buffer"))
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    with pytest.raises(CandidateError, match="depends on the values of an input"):
+        applied(clone_model(original), Call((tokens(), mask)))
+    program = applied(clone_model(original))
+    banded = mask & ~mask.tril(-3)
+    with torch.no_grad():
+        assert torch.equal(program.call(tokens(), banded), original(tokens(), banded))
+        assert torch.equal(program.call(tokens(), mask=banded), original(tokens(), mask=banded))
+
+
+def test_llama_is_traced_without_a_mask_and_padding_is_honoured() -> None:
+    original = llama()
+    assert traced_masks(original, tokens(), use_cache=False) == [(True, False)] * 2
+    program = applied(clone_model(original), Call((tokens(),), {"use_cache": False}))
+    assert traced_masks(program.call, tokens(), use_cache=False) == [(False, True)] * 2
+    padding = torch.ones(2, LENGTH, dtype=torch.long)
+    padding[0, :3] = 0
+    packed = torch.cat([torch.arange(5), torch.arange(LENGTH - 5)])[None].expand(2, -1)
+    compiled = torch.compile(program.call, backend="aot_eager", fullgraph=True)
+    for extra in ({}, {"attention_mask": padding}, {"position_ids": packed}):
+        for ids in (tokens(), tokens(2, LENGTH, seed=3)):
+            with torch.no_grad():
+                expected = original(ids, use_cache=False, **extra).logits
+                assert torch.allclose(program.call(ids, use_cache=False, **extra).logits, expected, atol=1e-6)
+                assert torch.allclose(compiled(ids, use_cache=False, **extra).logits, expected, atol=1e-6), extra
+    for ids in (tokens(3, 7), tokens(1, LENGTH + 4)):
+        with torch.no_grad():
+            expected = original(ids, use_cache=False).logits
+            assert torch.allclose(compiled(ids, use_cache=False).logits, expected, atol=1e-6)
+
+
+def test_what_is_undone_is_as_it_was() -> None:
+    for original, call in ((llama(), Call((tokens(),), {"use_cache": False})), (made(GPT), Call((tokens(),)))):
+        model = clone_model(original)
+        before = state_digest(model)
+        shipped = ship(CausalMask().apply(begin(model, Mode.INFERENCE, {"main": call}), STEP), original)
+        with torch.no_grad():
+            shipped(*call.args, **call.kwargs)
+        restore(shipped)
+        assert state_digest(model) == before
+        assert F.scaled_dot_product_attention is NATIVE.scaled_dot_product_attention
+        assert getattr(getattr(model, "config", None), "_attn_implementation", "sdpa") == "sdpa"
+
+
+def test_the_ejected_source_does_the_same() -> None:
+    heads, sdpa = F.multi_head_attention_forward, F.scaled_dot_product_attention
+    for original, kwargs in ((llama(), {"use_cache": False}), (made(GPT), {}), (made(Heads).train(), {})):
+        model = clone_model(original)
+        names = {"model": model, "call": model._call_impl}
+        try:
+            exec(CausalMask().source(STEP), names)
+            with torch.no_grad():
+                got, expected = names["call"](tokens(), **kwargs), original(tokens(), **kwargs)
+            assert torch.allclose(logits(got), logits(expected), atol=1e-6)
+            assert set(traced_masks(names["call"], tokens(), **kwargs)) == {(False, True)}
+        finally:
+            F.multi_head_attention_forward, F.scaled_dot_product_attention = heads, sdpa
