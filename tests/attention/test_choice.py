@@ -187,7 +187,7 @@ def test_a_costly_one_takes_part_only_alone(only):
 
 def test_nothing_applies(only):
     only(fake("none", attend, fits=lambda *_, **__: Skip("not today")))
-    with pytest.raises(AttentionError, match="nothing computes .* none: not today"):
+    with pytest.raises(AttentionError, match=r"nothing computes .* none: not today"):
         choose(SHAPE, "cpu", backward=False)
 
 

@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def choose(shape: AttentionShape, device: torch.device | str, *, backward: bool)
     found = known_choice(shape, device, backward=backward)
     if found is None:
         found = _measure(shape, device, backward=backward)
-        _chosen[_key(shape, device, backward=backward)] = found
+        _chosen[_key(shape, device, backward=backward)] = replace(found, measured=False)
         _store(device, _entry(shape, backward=backward), found)
     return found
 

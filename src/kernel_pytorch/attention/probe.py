@@ -6,6 +6,7 @@ the other corner runs without complaint.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from kernel_pytorch.attention.registry import implementation
 from kernel_pytorch.attention.types import AttentionShape, Implementation
 from kernel_pytorch.core.types import Numerics, Skip
 
-__all__ = ["Case", "make_case", "unsupported"]
+__all__ = ["Case", "does_not_fit", "indexed", "make_case", "relative_errors", "unsupported"]
 
 _ROWS = 64
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -152,65 +153,79 @@ def indexed(device: torch.device | str) -> torch.device:
 
 def _tried(one: Implementation, shape: AttentionShape, device: torch.device, backward: bool) -> Skip | None:  # noqa: FBT001
     try:
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.set_grad_enabled(backward),
-            torch.autocast(device.type, enabled=False),
-        ):
-            error, what = _error(one, make_case(shape, device, backward=backward), backward=backward)
+        errors = relative_errors(
+            make_case(shape, device, backward=backward), lambda case: case.run(one), backward=backward
+        )
     except Exception as reason:  # noqa: BLE001 - a foreign kernel may raise anything; it is the answer
         text = str(reason).strip().splitlines()
         return Skip(f"{one.name} raised {type(reason).__name__} at {shape}: {text[0] if text else ''}")
-    lower = one.numerics is Numerics.LOWER_PRECISION
-    allowed = _LOWER_PRECISION if lower else _TOLERANCE[shape.dtype]
-    if error <= allowed:
-        return None
-    return Skip(f"{one.name} is wrong at {shape}: relative error {error:.2g} in {what}, expected below {allowed:g}")
+    allowed = _LOWER_PRECISION if one.numerics is Numerics.LOWER_PRECISION else _TOLERANCE[shape.dtype]
+    for what, error in errors.items():
+        if not error <= allowed:
+            return Skip(
+                f"{one.name} is wrong at {shape}: relative error {error:.2g} in {what}, expected <= {allowed:g}"
+            )
+    return None
 
 
-def _error(one: Implementation, case: Case, *, backward: bool) -> tuple[float, str]:
-    """Return the largest relative error among a sample of the output and its gradients, and where it is.
+def relative_errors(
+    case: Case, run: Callable[[Case], Tensor], *, backward: bool, exact: bool = False
+) -> dict[str, float]:
+    """Return the relative errors of an output and of its gradients against the definition, on a sample of the rows.
 
     The gradient of the output is zero outside the sampled rows, so that the definition needs these rows alone to know
-    all gradients.
+    all gradients. An output that is not finite has error NaN; with dropout nothing is compared.
+
+    Args:
+        case: The inputs.
+        run: Computes the output from them.
+        backward: Whether to look at gradients.
+        exact: Whether the definition computes in float64, not in float32.
     """
+    shape, device = case.shape, case.query.device
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.set_grad_enabled(backward),
+        torch.autocast(device.type, enabled=False),
+    ):
+        out = run(case)
+        if not bool(out.isfinite().all()):
+            return {"the output": float("nan")}
+        if shape.dropout > 0.0:
+            if backward:
+                torch.autograd.grad(out, case.inputs(), torch.randn_like(out))
+            return {}
+        return _compare(case, out, backward=backward, exact=exact)
+
+
+def _compare(case: Case, out: Tensor, *, backward: bool, exact: bool) -> dict[str, float]:
     shape = case.shape
-    out = case.run(one)
-    if not bool(out.isfinite().all()):
-        return float("nan"), "the output"
-    if shape.dropout > 0.0:
-        if backward:
-            torch.autograd.grad(out, case.inputs(), torch.randn_like(out))
-        return 0.0, "nothing: dropout is random"
     documents, heads, kv_heads, rows = _sample(shape, out.device)
-    picked = out.detach() if not backward else out
-    dense = (lambda t, n: t.reshape(shape.batch, n, *t.shape[1:]).transpose(1, 2)) if shape.packed else (lambda t, _: t)
-    got = dense(picked, shape.q_len)[documents][:, heads][:, :, rows]
-    small = [
-        dense(tensor.detach(), tokens)[documents][:, which].requires_grad_(backward)
-        for tensor, tokens, which in (
-            (case.query, shape.q_len, heads),
-            (case.key, shape.kv_len, kv_heads),
-            (case.value, shape.kv_len, kv_heads),
-        )
-    ]
+
+    def picked(tensor: Tensor, tokens: int, which: Tensor) -> Tensor:
+        if shape.packed:
+            tensor = tensor.unflatten(0, (shape.batch, tokens)).transpose(1, 2)
+        return tensor[documents][:, which]
+
+    roles = ((shape.q_len, heads), (shape.kv_len, kv_heads), (shape.kv_len, kv_heads))
+    small = [picked(tensor.detach(), *role) for tensor, role in zip(case.inputs(), roles, strict=True)]
+    small = [(tensor.double() if exact else tensor).requires_grad_(backward) for tensor in small]
     left, right = shape.window or (None, 0 if shape.is_causal else None)
     band: dict[str, Any] = {"left": left, "right": right, "softcap": shape.softcap}
     band["alignment"] = "lower_right" if shape.packed else shape.alignment
+    got = picked(out, shape.q_len, heads)[:, :, rows]
     if case.mask is None:
         want = reference.attend(small[0], small[1], small[2], rows=rows, **band)
     else:
         want = reference.attend(small[0], small[1], small[2], attn_mask=case.mask, **band)[:, :, rows]
     errors = {"the output": _relative(got, want)}
     if backward:
-        weight = torch.randn_like(want)
-        gradients = torch.autograd.grad(got, case.inputs(), weight.to(got.dtype))
-        expected = torch.autograd.grad(want, small, weight)
-        picks = ((shape.q_len, heads), (shape.kv_len, kv_heads), (shape.kv_len, kv_heads))
-        for name, gradient, (tokens, which), right_one in zip("qkv", gradients, picks, expected, strict=True):
-            errors[f"the gradient of {name}"] = _relative(dense(gradient, tokens)[documents][:, which], right_one)
-    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
-    return errors[worst], worst
+        weight = torch.randn_like(got)
+        gradients = torch.autograd.grad(got, case.inputs(), weight)
+        expected = torch.autograd.grad(want, small, weight.to(want.dtype))
+        for name, gradient, role, right_one in zip("qkv", gradients, roles, expected, strict=True):
+            errors[f"the gradient of {name}"] = _relative(picked(gradient, *role), right_one)
+    return errors
 
 
 def _sample(shape: AttentionShape, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

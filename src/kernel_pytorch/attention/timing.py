@@ -14,9 +14,12 @@ from kernel_pytorch.hardware import cache_bytes, detect
 
 __all__ = ["Samples", "time_in_turns"]
 
-_FIRST, _MORE = 3, 9
+_ROUNDS, _FIRST = 12, 3
 _HOPELESS = 1.3
 """An implementation this much slower than the best after the first rounds is not timed on."""
+_CRAWLING = 2.5
+"""One this much slower in the warm-up is not timed at all."""
+_SECONDS = 1.0
 _CYCLES_PER_MS = 2_000_000
 """At most: no GPU's clock is much above 2 GHz."""
 
@@ -40,26 +43,36 @@ class Samples:
 
 
 def time_in_turns(
-    functions: Mapping[str, Callable[[], object]], device: torch.device, *, first: int = _FIRST, more: int = _MORE
+    functions: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int = _ROUNDS,
+    max_seconds: float = _SECONDS,
 ) -> dict[str, Samples]:
-    """Return samples of each function; those that are clearly slower get `first` of them, the others `first + more`.
+    """Return samples of each function, taken in turns.
+
+    One that crawls in the warm-up keeps that as its only sample, one that is clearly slower after three rounds gets no
+    more of them, and what takes long gets no more than three rounds.
 
     Args:
         functions: By name; each runs all its work on the device once.
         device: Where they run.
-        first: Rounds with all of them.
-        more: Rounds with those that may yet be the fastest.
+        rounds: Samples of those that may be the fastest.
+        max_seconds: No further round begins after this, once there are three.
     """
-    samples = {name: Samples() for name in functions}
     clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
-    for name, fn in functions.items():
-        clock.warm_up(name, fn)
-    for _ in range(first):
-        for name, fn in functions.items():
-            clock.sample(name, fn, samples[name])
+    samples = {name: Samples([clock.warm_up(name, fn)]) for name, fn in functions.items()}
     best = min(one.device_ms for one in samples.values())
-    left = {name: fn for name, fn in functions.items() if samples[name].device_ms <= _HOPELESS * best}
-    for _ in range(more):
+    left = {name: fn for name, fn in functions.items() if samples[name].device_ms <= _CRAWLING * best + 0.2}
+    for name in left:
+        samples[name] = Samples()
+    start = time.monotonic()
+    for done in range(rounds):
+        if done == _FIRST:
+            best = min(samples[name].device_ms for name in left)
+            left = {name: fn for name, fn in left.items() if samples[name].device_ms <= _HOPELESS * best}
+        if done >= _FIRST and time.monotonic() - start > max_seconds:
+            break
         for name, fn in left.items():
             clock.sample(name, fn, samples[name])
     return samples
@@ -69,9 +82,11 @@ class _CpuClock:
     def __init__(self) -> None:
         self._manager = manager_for("cpu")
 
-    def warm_up(self, name: str, fn: Callable[[], object]) -> None:
+    def warm_up(self, name: str, fn: Callable[[], object]) -> float:
+        """Run it twice and return the milliseconds of the second."""
         del name
         fn()
+        return self._manager.time_ms(fn)
 
     def sample(self, name: str, fn: Callable[[], object], samples: Samples) -> None:
         del name
@@ -87,13 +102,15 @@ class _CudaClock:
         self._scratch = torch.empty(size, dtype=torch.int8, device=device)
         self._host_ms: dict[str, float] = {}
 
-    def warm_up(self, name: str, fn: Callable[[], object]) -> None:
+    def warm_up(self, name: str, fn: Callable[[], object]) -> float:
+        """Run it twice and return the milliseconds of the second, the host's share in it."""
         fn()
         torch.cuda.synchronize(self._device)
         start = time.perf_counter()
         fn()
         self._host_ms[name] = (time.perf_counter() - start) * 1e3
         torch.cuda.synchronize(self._device)
+        return (time.perf_counter() - start) * 1e3
 
     def sample(self, name: str, fn: Callable[[], object], samples: Samples) -> None:
         with torch.cuda.device(self._device):
