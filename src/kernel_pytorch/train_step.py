@@ -101,7 +101,7 @@ class TrainStep:
         self._seen: dict[tuple[Any, ...], int] = {}
         self._recorded: dict[tuple[Any, ...], tuple[list[torch.Tensor], Callable[[], Any]]] = {}
         self._grads: list[tuple[nn.Parameter, torch.Tensor]] = []
-        self._moved_counters: list[torch.Tensor] = []
+        self._counters_moved = False
 
     def __call__(self, batch: Any) -> torch.Tensor:
         """Run one step on a batch and return its loss, detached (0-d, on the device, not divided by `accumulate`).
@@ -141,10 +141,11 @@ class TrainStep:
         self._seen.clear()
         self._grads.clear()
         self._pointers = self._recorder = None
-        for state in self.optimizer.state.values():
-            if any(state.get("step") is moved for moved in self._moved_counters):
-                state["step"] = state["step"].cpu()
-        self._moved_counters.clear()
+        if self._counters_moved:
+            for group in self.optimizer.param_groups:
+                if not (group.get("capturable") or group.get("fused")):
+                    self._place_counters(group["params"], torch.device("cpu"))
+        self._counters_moved = False
         self._rates.clear()
 
     def _run(self, batch: Any, *, updates: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -313,13 +314,17 @@ class TrainStep:
 
     def _move_counters(self) -> None:
         """Move step counters to the device, where capturable optimizers look for them."""
-        if not all("capturable" in group for group in self.optimizer.param_groups):
-            return
-        for parameter, state in self.optimizer.state.items():
-            counter = state.get("step")
-            if isinstance(counter, torch.Tensor) and counter.device != parameter.device:
-                state["step"] = counter.to(parameter.device, torch.float32)
-                self._moved_counters.append(state["step"])
+        groups = self.optimizer.param_groups
+        if all("capturable" in group for group in groups):
+            self._counters_moved = True
+            for group in groups:
+                self._place_counters(group["params"], next(self.model.parameters()).device)
+
+    def _place_counters(self, parameters: list[nn.Parameter], device: torch.device) -> None:
+        for parameter in parameters:
+            state = self.optimizer.state.get(parameter, {})
+            if isinstance(state.get("step"), torch.Tensor) and state["step"].device != device:
+                state["step"] = state["step"].to(device, torch.float32)
 
     def _fall_out(self, reason: str) -> None:
         log.warning("the training step runs without a CUDA graph: %s", reason)

@@ -22,6 +22,8 @@ from kernel_pytorch.transforms.plain_source import plain_source
 
 __all__ = ["GreedyDecode", "StaticCache", "decode_workload", "generators", "use_static_cache"]
 
+_LEFT = ("_compiled_call", "_last_compile_config", "_cache", "_previous_max_cache_length")
+
 
 class GreedyDecode(nn.Module):
     """A module whose forward decodes: `forward(input_ids, attention_mask)` returns prompt and new tokens, int64.
@@ -143,7 +145,7 @@ class StaticCache:
                 config.cache_implementation = before
             for module in modules:
                 # The cache, and the code compiled for it, that generate() leaves on the model.
-                for name in ("_compiled_call", "_last_compile_config", "_cache"):
+                for name in _LEFT:
                     vars(module).pop(name, None)
 
         program.undo.append(undo)
