@@ -1,0 +1,256 @@
+"""Run normalisations and gated MLPs on this package's kernels: the modules stay, their `forward` is another.
+
+A module is matched by what it computes: it is run on random inputs beside the definition, with every order of casts
+that models use, and swapped only where the two agree. Which code a swapped `forward` runs depends on its input: on a
+GPU in bfloat16, float16 or float32 the kernel; in fp64 and on the CPU the definition, so the structure gate judges the
+same formula; under autocast and where input and weight differ in dtype, the norms run the module's own code.
+
+`forward` is set on the instance, for Dynamo does not look into the slot of `nn.Module.compile` of an inner module.
+Pickling drops it; `copy.deepcopy` binds it to the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernel_pytorch.core.protocols import Program
+from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
+from kernel_pytorch.errors import CandidateError
+from kernel_pytorch.ops.gated_mlp import gated_mlp
+from kernel_pytorch.ops.gated_mlp.reference import gated_mlp_reference
+from kernel_pytorch.ops.layer_norm import layer_norm
+from kernel_pytorch.ops.layer_norm.reference import layer_norm_reference
+from kernel_pytorch.ops.rms_norm import rms_norm
+from kernel_pytorch.ops.rms_norm.reference import rms_norm_reference
+from kernel_pytorch.transforms.ceilings import FUSIBLE, bounded
+from kernel_pytorch.transforms.plain_source import plain_source
+
+__all__ = ["KernelSwap", "gated_mlp_options", "layer_norm_options", "rms_norm_options"]
+
+
+def agree(got: Any, want: torch.Tensor, tolerance: float) -> bool:
+    """Return whether a result is a tensor of the shape and dtype of `want` and within a relative error of it."""
+    if not isinstance(got, torch.Tensor) or got.shape != want.shape or got.dtype != want.dtype:
+        return False
+    difference = (got.double() - want.double()).norm()
+    return bool(difference <= tolerance * want.double().norm())
+
+
+def rms_norm_options(module: nn.Module, norm: Callable[..., Any]) -> dict[str, Any] | None:
+    """Return `eps`, `weight_offset` and `round_before_weight` with which `norm` computes what an RMSNorm does.
+
+    Rows near the size of `eps` are among the inputs, so a wrong `eps` shows; bfloat16 tells the order of the casts. A
+    module without an `eps` of its own, which then depends on the dtype, is none of these.
+    """
+    import copy
+
+    weights = dict(module.named_parameters())
+    named = any(name in type(module).__name__ for name in ("RMSNorm", "RmsNorm", "T5LayerNorm"))
+    shape = getattr(weights.get("weight"), "shape", ())
+    if not named or list(weights) != ["weight"] or len(shape) != 1 or any(True for _ in module.children()):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(shape, generator=generator)
+    rows = torch.randn((64, *shape), generator=generator) * torch.logspace(-4, 1, 64)[:, None]
+    options: dict[str, Any] | None = None
+    try:
+        with torch.no_grad():
+            wide: Any = copy.deepcopy(module).to("cpu", torch.float32)
+            narrow: Any = copy.deepcopy(module).to("cpu", torch.bfloat16)
+            wide.weight.copy_(values)
+            narrow.weight.copy_(values)
+            found = [getattr(module, name, None) for name in ("eps", "variance_epsilon", "epsilon", "norm_eps")]
+            for eps in [float(value) for value in found if isinstance(value, (int, float))]:
+                for offset in (0.0, 1.0):
+                    if options is None and agree(wide(rows), norm(rows, wide.weight, eps, weight_offset=offset), 1e-5):
+                        options = {"eps": eps, "weight_offset": offset}
+            if options is None:
+                return None
+            small = rows.bfloat16()
+            got = narrow(small)
+            moved = {}
+            for first in (False, True):
+                want = norm(small, narrow.weight, round_before_weight=first, **options)
+                if agree(got, want, 1e-2):
+                    moved[first] = float((got != want).double().mean())
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    best = min(moved, key=lambda first: moved[first], default=None)
+    return None if best is None or moved[best] > 0.02 else options | {"round_before_weight": best}
+
+
+def layer_norm_options(module: nn.Module, norm: Callable[..., Any]) -> dict[str, Any] | None:
+    """Return `eps` of a plain `nn.LayerNorm` over the last dimension with a weight."""
+    del norm
+    plain = type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
+    return {"eps": float(module.eps)} if plain and module.weight is not None else None  # type: ignore[arg-type]
+
+
+def gated_mlp_options(module: nn.Module, gated: Callable[..., Any]) -> dict[str, Any] | None:
+    """Return the names of the projections and the activation of `down(activation(gate(x)) * up(x))`."""
+    import inspect
+
+    children = dict(module.named_children())
+    names = next((n for n in (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")) if {*n} <= {*children}), None)
+    if names is None or len(inspect.signature(module.forward).parameters) != 1:
+        return None
+    gate, up, down = (children.pop(name) for name in names)
+    weight = getattr(gate, "weight", None)
+    active = [c for c in children.values() if any(True for _ in c.parameters()) or isinstance(c, nn.Dropout)]
+    if active or not isinstance(gate, nn.Linear) or weight is None or not weight.is_floating_point():
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((4, gate.in_features), generator=generator).to(weight.device, weight.dtype)
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 4e-3}.get(weight.dtype, 1e-5)
+    try:
+        with torch.no_grad():
+            # Gates of order one, whatever the initialisation, so that the activations differ.
+            x = x / gate(x).double().std().clamp_min(1e-12).to(x.dtype)
+            want = module(x)
+            errors = {}
+            for activation in ("silu", "gelu", "gelu_tanh"):
+                got = down(gated(gate(x), up(x), activation))
+                if agree(got, want, tolerance):
+                    errors[activation] = float((got.double() - want.double()).norm())
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    best = min(errors, key=lambda name: errors[name], default=None)
+    # In bfloat16 the two forms of GELU are one; a module that names its activation settles it.
+    named = "tanh" in (type(getattr(module, "act_fn", None)).__name__ + str(getattr(module, "act_fn", ""))).lower()
+    if best in ("gelu", "gelu_tanh") and len(errors) > 1:
+        best = "gelu_tanh" if named or "new" in str(getattr(module, "act_fn", "")).lower() else "gelu"
+    return None if best is None else {"names": names, "activation": best}
+
+
+def fused_forward(
+    module: nn.Module, op: str, options: dict[str, Any], kernel: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return another `forward` of the module: the fused operation where dtypes are one, else the module's own."""
+    import types
+
+    plain = type(module).forward
+    if op == "gated_mlp":
+        gate_name, up_name, down_name = options["names"]
+        activation = options["activation"]
+
+        def forward(self: Any, x: torch.Tensor) -> Any:
+            gate, up = getattr(self, gate_name)(x), getattr(self, up_name)(x)
+            return getattr(self, down_name)(kernel(gate, up, activation))
+
+    elif op == "layer_norm":
+        eps = options["eps"]
+
+        def forward(self: Any, x: torch.Tensor) -> Any:
+            mixed = x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type)
+            return plain(self, x) if mixed else kernel(x, self.weight, self.bias, eps)
+
+    else:
+
+        def forward(self: Any, x: torch.Tensor) -> Any:
+            mixed = x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type)
+            return plain(self, x) if mixed else kernel(x, self.weight, **options)
+
+    return types.MethodType(forward, module)
+
+
+def swap_forwards(
+    model: nn.Module, op: str, matches: Callable[..., Any], kernel: Callable[..., Any]
+) -> list[nn.Module]:
+    """Give each module that `kernel` can compute a fused `forward`, and return these modules."""
+    swapped = []
+    for module in model.modules():
+        if "forward" not in vars(module):
+            options = matches(module, kernel)
+            if options is not None:
+                module.forward = fused_forward(module, op, options, kernel)
+                swapped.append(module)
+    return swapped
+
+
+_OPS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+    "rms_norm": (rms_norm_options, rms_norm, rms_norm_reference),
+    "layer_norm": (layer_norm_options, layer_norm, layer_norm_reference),
+    "gated_mlp": (gated_mlp_options, gated_mlp, gated_mlp_reference),
+}
+_TOLD_BY: Mapping[str, tuple[str, ...]] = {
+    "rms_norm": ("rmsnorm", "t5layernorm"),
+    "layer_norm": ("layernorm",),
+    "gated_mlp": ("mlp", "feedforward"),
+}
+
+
+class KernelSwap:
+    """`op=rms_norm|layer_norm|gated_mlp`, or `op=all` for each of them that the model has."""
+
+    name = "kernel_swap"
+    summary = "run normalisations and gated MLPs on fused Triton kernels"
+    group = "kernels"
+    numerics = Numerics.REORDERED
+    modes = frozenset({Mode.INFERENCE, Mode.TRAINING})
+    compiles = False
+
+    def probe(self, device: DeviceSpec) -> Skip | None:
+        """The kernels are written in Triton, for NVIDIA and AMD GPUs."""
+        if device.vendor in ("nvidia", "amd") and "triton" in device.features:
+            return None
+        return Skip("the kernels need an NVIDIA or AMD GPU that Triton supports")
+
+    def propose(self, workload: WorkloadSpec, device: DeviceSpec) -> Sequence[Step] | Skip:
+        """Everything first, then each operation alone; by class names, for `apply` looks at the modules."""
+        skip = self.probe(device)
+        if skip is not None:
+            return skip
+        classes = [name.lower() for name in workload.modules]
+        ops = [op for op, words in _TOLD_BY.items() if any(word in name for word in words for name in classes)]
+        if not ops:
+            return Skip("the model has no module that looks like an RMSNorm, a LayerNorm or an MLP")
+        return [Step(self.name, {"op": op}) for op in (["all", *ops] if len(ops) > 1 else ops)]
+
+    def ceiling(self, step: Step, prediction: Prediction, device: DeviceSpec) -> float:
+        """All that is not a product or attention may vanish, for it is what the kernels fuse."""
+        del step, device
+        return bounded(prediction, dict.fromkeys(FUSIBLE, 0.0))
+
+    def apply(self, program: Program, step: Step) -> Program:
+        """Swap what matches; `undo` gives the modules their own `forward` back."""
+        counts = {}
+        for op in _wanted(step):
+            matches, kernel, _ = _OPS[op]
+            modules = swap_forwards(program.model, op, matches, kernel)
+            program.undo.append(lambda modules=modules: _restore_forwards(modules))  # type: ignore[misc]
+            counts[op] = len(modules)
+        if not any(counts.values()):
+            raise CandidateError(f"{step}: no module of this model computes it")
+        program.notes.append("kernels: " + ", ".join(f"{n} x {op}" for op, n in counts.items() if n))
+        return program
+
+    def source(self, step: Step) -> str:
+        """The same swap, with `torch.compile` of each definition in place of the kernel."""
+        ops = _wanted(step)
+        functions: list[Callable[..., Any]] = [agree, fused_forward, swap_forwards]
+        then = "# Plain PyTorch has no such kernels: torch.compile makes one of each definition.\n"
+        for op in ops:
+            matches, _, definition = _OPS[op]
+            functions += [matches, definition]
+            first = "" if op == "gated_mlp" else "[0]"
+            then += f"def {op}(*args, **kwargs):\n    return {definition.__name__}(*args, **kwargs){first}\n\n"
+            then += f"swap_forwards(model, {op!r}, {matches.__name__}, torch.compile({op}, dynamic=True))\n"
+        return plain_source(*functions, then=then)
+
+
+def _wanted(step: Step) -> list[str]:
+    op = str(step.params.get("op", ""))
+    if op == "all":
+        return list(_OPS)
+    if op not in _OPS:
+        raise CandidateError(f"unknown operation {op!r}; expected all, {', '.join(_OPS)}")
+    return [op]
+
+
+def _restore_forwards(modules: list[nn.Module]) -> None:
+    for module in modules:
+        vars(module).pop("forward", None)
