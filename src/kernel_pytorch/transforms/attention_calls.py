@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -37,6 +37,7 @@ __all__ = [
     "SdpaCall",
     "Using",
     "alike",
+    "always",
     "as_if_tracing",
     "detour",
     "install",
@@ -207,6 +208,19 @@ def rerouted(inner: Callable[..., Any], mode: Any, patterns: Sequence[tuple[Any,
     return run
 
 
+def always(inner: Callable[..., Any], mode: Any) -> Callable[..., Any]:
+    """Return `inner`, always called under `mode`."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        mode.enter()
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            mode.leave()
+
+    return run
+
+
 @dataclass(frozen=True, slots=True)
 class SdpaCall:
     """One call that was seen.
@@ -222,6 +236,7 @@ class SdpaCall:
         masked: Whether a mask was given.
         kept: Why the mask cannot be replaced by `is_causal=True`; empty where it can, or where there is none.
         checkpointed: Whether it runs under activation checkpointing, which will run it again in backward.
+        samples: How many times larger the batch of the example inputs is than the one that was run.
     """
 
     query: tuple[int, ...]
@@ -234,11 +249,12 @@ class SdpaCall:
     masked: bool
     kept: str = ""
     checkpointed: bool = False
+    samples: int = 1
 
     @property
-    def causal(self) -> bool:
-        """Whether it computes causal attention, by the argument or by a mask that can be replaced by it."""
-        return self.is_causal or (self.masked and not self.kept)
+    def tokens(self) -> int:
+        """Queries of the whole batch of the example inputs."""
+        return self.query[0] * self.samples * self.query[-2]
 
 
 @dataclass(slots=True)
@@ -469,20 +485,17 @@ def observe(program: Program, *, tracing: bool) -> Observation:
     Raises:
         CandidateError: There are no example inputs, the model does not run on them, or its loss does not call it.
     """
-    if not program.calls:
-        raise CandidateError(
-            "which attention the model calls is seen by running it, and there are no example inputs",
-            fix="pass inputs=... when applying the plan",
-        )
     seen = Observation()
-    for call in program.calls.values():
+    for call in _examples(program):
         error = ""
-        for given in (_first_sample(call), call):
-            error = _observe_one(program, given, seen, tracing=tracing)
+        first = _first_sample(call)
+        samples = max(1, _rows(call) // max(1, _rows(first)))
+        for given, times in ((first, samples), (call, 1)):
+            error = _observe_one(program, given, seen, times, tracing=tracing)
             if not error:
                 half = _shorter(given)
                 if half is not None:
-                    _observe_one(program, half, seen, tracing=tracing)
+                    _observe_one(program, half, seen, times, tracing=tracing)
                 break
         if error:
             raise CandidateError(f"the model does not run on its example inputs while watched: {error}")
@@ -491,7 +504,21 @@ def observe(program: Program, *, tracing: bool) -> Observation:
     return seen
 
 
-def _observe_one(program: Program, call: Call, seen: Observation, *, tracing: bool) -> str:
+def _examples(program: Program) -> list[Call]:
+    """Return the example inputs, else those that a Hugging Face model brings along."""
+    if program.calls:
+        return list(program.calls.values())
+    dummy = getattr(program.model, "dummy_inputs", None)
+    if not isinstance(dummy, Mapping):
+        raise CandidateError(
+            "which attention the model calls is seen by running it, and there are no example inputs",
+            fix="pass inputs=... when applying the plan",
+        )
+    device = next((p.device for p in program.model.parameters()), torch.device("cpu"))
+    return [Call((), pytree.tree_map(lambda leaf: leaf.to(device), dict(dummy)))]
+
+
+def _observe_one(program: Program, call: Call, seen: Observation, samples: int, *, tracing: bool) -> str:
     """Run one call; return what the model raised, or add what was seen and return an empty string."""
     taint, here = _Taint(), Observation()
     watch = _Watch(taint, here)
@@ -527,6 +554,7 @@ def _observe_one(program: Program, call: Call, seen: Observation, *, tracing: bo
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer  # noqa: SLF001
                 buffer.copy_(value)
+    here.calls = [replace(one, samples=samples) for one in here.calls]
     seen.add(here)
     return ""
 
@@ -558,9 +586,13 @@ def _cut(call: Call, fit: Callable[[torch.Tensor], torch.Tensor]) -> Call:
     return Call(args, kwargs)
 
 
+def _rows(call: Call) -> int:
+    return _commonest([x.shape[0] for x in _leaves(call) if x.dim()])
+
+
 def _first_sample(call: Call) -> Call:
     """Return the first sample of a call; the reference decides whether it takes it."""
-    size = _commonest([x.shape[0] for x in _leaves(call) if x.dim()])
+    size = _rows(call)
     return _cut(call, lambda x: x[:1] if x.dim() and x.shape[0] == size else x)
 
 

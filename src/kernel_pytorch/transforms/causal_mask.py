@@ -167,6 +167,8 @@ class CausalMask:
     numerics = Numerics.REORDERED
     modes = frozenset({Mode.INFERENCE, Mode.TRAINING})
     compiles = False
+    pays_compiled = True
+    """Transformers makes dense masks only while it is traced."""
 
     def probe(self, device: DeviceSpec) -> Skip | None:
         """SDPA knows `is_causal` everywhere."""
