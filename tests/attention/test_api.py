@@ -20,7 +20,7 @@ from kernel_pytorch.attention.reference import attend, attend_varlen
 from kernel_pytorch.attention.shapes import AWKWARD, small
 
 CPU = torch.device("cpu")
-ON_CPU = ("flash", "math")
+ON_CPU = ("flash", "sdpa", "math")
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
@@ -182,7 +182,7 @@ class Counting:
         return aot_eager(graph, inputs)
 
 
-@pytest.mark.parametrize("impl", [None, "flash", "math"])
+@pytest.mark.parametrize("impl", [None, *ON_CPU])
 def test_compiles_whole_with_gradients(impl):
     torch._dynamo.reset()
     inputs = [draw(2, 4, 30, 8, seed=n).requires_grad_() for n in range(3)]

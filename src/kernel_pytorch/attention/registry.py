@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from kernel_pytorch.attention import cudnn, efficient, fa3, fa4, flash, flex, reference
+from kernel_pytorch.attention import cudnn, efficient, fa3, fa4, flash, flex, reference, sdpa
 from kernel_pytorch.attention.types import AttentionError, Implementation
 
 __all__ = ["implementation", "implementations"]
@@ -26,6 +26,7 @@ _ALL: dict[str, Implementation] = {
         cudnn.IMPLEMENTATION,
         flash.IMPLEMENTATION,
         efficient.IMPLEMENTATION,
+        sdpa.IMPLEMENTATION,
         flex.IMPLEMENTATION,
         _MATH,
     )

@@ -31,7 +31,7 @@ def _square(batch: int, heads: int, kv_heads: int, tokens: int, size: int, *, ca
 
 
 def _grid() -> tuple[NamedShape, ...]:
-    """Lengths from 512 to 32k, of 8192 tokens in all where they are that short; 2048 channels, or half of that at 32k."""
+    """Lengths from 512 to 32k, 8192 tokens in all where they are that short, 2048 channels or (32k) half as many."""
     shapes = []
     for tokens in (512, 2048, 8192, 32768):
         batch = max(1, 8192 // tokens)
