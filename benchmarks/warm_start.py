@@ -64,10 +64,13 @@ def make_plan(bench, options):
 def first_result(bench, directory, *, trust):
     """Apply the plan, run every case once; return outputs (losses and gradients in training) and seconds of each."""
     import kernel_pytorch as kp
+    from kernel_pytorch.core.describe import make_optimizer
 
     start = time.perf_counter()
     if bench.training:
-        model, _ = kp.prepare(copy.deepcopy(bench.model), plan=directory, trust_artifacts=trust)
+        model = copy.deepcopy(bench.model)
+        optimizer = make_optimizer(bench.workload, model.parameters())
+        model, _ = kp.prepare(model, optimizer, plan=directory, trust_artifacts=trust)
     else:
         model = kp.apply(directory, bench.model, inputs=dict(bench.calls), trust_artifacts=trust)
     applied = time.perf_counter()

@@ -194,3 +194,31 @@ def test_exclusive_is_released_by_an_exception_and_by_death(manager, vendor):
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == -9
     with manager.exclusive():
         assert manager.time_ms(lambda: None) >= 0.0
+
+
+def test_a_graph_is_captured_once_and_timed_without_its_launches(manager):
+    if not hasattr(manager, "time_graph_ms"):
+        pytest.skip(f"{manager.vendor} captures no graphs")
+    counter = manager.place(torch.zeros(1024))
+    calls = []
+
+    def fn():
+        calls.append(1)
+        counter.add_(1.0)
+
+    times = manager.time_graph_ms(fn, samples=10)
+    assert len(times) == 10
+    assert all(0.0 < t < 5.0 for t in times)
+    assert len(calls) < 10, "replays do not call it again"
+    assert float(counter[0]) == len(calls) - 1 + 10, "each call but the captured one ran, and each replay"
+    assert min(times) < min(manager.time_ms(fn) for _ in range(10))
+
+
+def test_what_cannot_be_captured_is_an_error_and_the_device_works_on(manager):
+    if not hasattr(manager, "time_graph_ms"):
+        pytest.skip(f"{manager.vendor} captures no graphs")
+    one = manager.place(torch.ones(4))
+    with pytest.raises(RuntimeError):
+        manager.time_graph_ms(lambda: one.sum().item())
+    manager.synchronize()
+    assert float(one.sum()) == 4.0

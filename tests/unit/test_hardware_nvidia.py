@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from kernel_pytorch.backends.nvidia import telemetry
+from kernel_pytorch.backends.nvidia.manager import NvidiaHardwareManager
 from kernel_pytorch.errors import KptError
 from kernel_pytorch.hardware import split_device
 from kernel_pytorch.hardware.nvidia import nvml, probe, specs
@@ -365,3 +367,54 @@ def test_telemetry_is_empty_without_nvml(monkeypatch):
     nvml.open_gpu.cache_clear()
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert telemetry.read("1234") == {}
+
+
+class FakeCuda:
+    """The parts of `torch.cuda` that a captured graph is timed with; tells in which order they were used."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def wait_stream(self, stream):
+        self.log.append("wait")
+
+    def Event(self, *, enable_timing):
+        assert enable_timing
+        event = types.SimpleNamespace(elapsed_time=lambda end: 0.25)
+        event.record = lambda: self.log.append("record")
+        return event
+
+    def CUDAGraph(self):
+        return types.SimpleNamespace(replay=lambda: self.log.append("replay"))
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.log.append("capture")
+        yield
+        self.log.append("captured")
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_graph_is_timed_behind_work_that_hides_its_launch(machine, monkeypatch, flush):
+    machine(H200)
+    log = []
+    fake = FakeCuda(log)
+    nothing = contextlib.nullcontext
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nothing())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nothing())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: log.append("current"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fake.CUDAGraph)
+    monkeypatch.setattr(torch.cuda, "graph", fake.graph)
+    monkeypatch.setattr(torch.cuda, "Event", fake.Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("busy"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: log.append("synchronize"))
+    manager = NvidiaHardwareManager()
+    if flush:
+        manager._scratch = types.SimpleNamespace(zero_=lambda: log.append("flush"))
+    times = manager.time_graph_ms(lambda: log.append("work"), samples=2)
+    assert times == (0.25, 0.25)
+    prepared = ["wait", "work", "work", "work", "wait", "capture", "work", "captured", "current"]
+    sample = [*(["flush"] if flush else []), "busy", "record", "replay", "record", "synchronize"]
+    assert log == prepared + 2 * sample

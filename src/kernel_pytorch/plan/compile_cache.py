@@ -12,12 +12,13 @@ that it was made for. Loading fills Inductor's cache directory; what torch looks
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -35,7 +36,7 @@ _ARCHIVE = "compile_cache.zip"
 _FACTS = "compile_cache.json"
 _TORCH = "torch_artifacts.bin"
 _NATIVE = "native/"
-_SOFTWARE = ("torch", "triton", "python", "compiler", "driver", "cuda", "rocm")
+_SOFTWARE = ("torch", "triton", "python", "compiler", "driver", "cuda", "rocm", "oneapi", "mig")
 _MAPS = Path("/proc/self/maps")
 _LARGEST_CHECK_BYTES = 64 << 10
 
@@ -107,12 +108,10 @@ def recording(directory: Path, device: DeviceSpec) -> Iterator[None]:
     Raises:
         OutputDirectoryError: The directory cannot be written.
     """
-    from torch.compiler import _cache
-
     if present(directory):
         discard(directory)
-    fresh = getattr(_cache.CacheArtifactManager, "with_fresh_cache", None)
-    if fresh is None:  # an older torch: what was compiled before is saved too
+    fresh = _fresh_record()
+    if fresh is None:  # another torch: what was compiled before is saved too
         yield
         save(directory, device)
         return
@@ -236,6 +235,15 @@ def _disabled() -> Skip | None:
     if not getattr(functorch, "enable_autograd_cache", True):
         return Skip("the AOTAutograd cache is disabled in this process", "unset TORCHINDUCTOR_AUTOGRAD_CACHE")
     return None
+
+
+def _fresh_record() -> Callable[[], AbstractContextManager[None]] | None:
+    """Return torch's context in which it records artifacts apart from those before; it has no public name."""
+    try:
+        private = importlib.import_module("torch.compiler._cache")
+    except ImportError:
+        return None
+    return getattr(getattr(private, "CacheArtifactManager", None), "with_fresh_cache", None)
 
 
 def _cache_root() -> Path:

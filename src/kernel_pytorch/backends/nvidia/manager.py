@@ -116,6 +116,10 @@ def _captured(fn: Callable[[], Any]) -> torch.cuda.CUDAGraph:
             fn()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        fn()
+    current = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            fn()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own stream the current one
     return graph
