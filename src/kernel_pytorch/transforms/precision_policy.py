@@ -29,8 +29,8 @@ __all__ = ["PrecisionPolicy", "castable", "in_bfloat16", "shadows", "shrink", "s
 _POLICIES = ("autocast_bf16", "pure_bf16", "master_weights")
 
 
-def castable(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Return the places (table, name) of the float32 parameters and buffers that compute in bfloat16.
+def castable(model: nn.Module, back: torch.dtype) -> list[tuple[dict[str, Any], str]]:
+    """Return the places (table, name) of the parameters and buffers of dtype `back` that compute in bfloat16.
 
     Left out are normalisations with running statistics (a mean updated in bfloat16 stops moving; their kernels take
     bfloat16 inputs with float32 parameters), rotary frequencies, and what a Hugging Face model keeps in float32.
@@ -42,12 +42,12 @@ def castable(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
             continue
         for table in (module._parameters, module._buffers):  # noqa: SLF001
             for name, tensor in table.items():
-                if tensor is not None and tensor.dtype is torch.float32 and not name.endswith("inv_freq"):
+                if tensor is not None and tensor.dtype is back and not name.endswith("inv_freq"):
                     places.append((table, name))
     return places
 
 
-def shadows(model: nn.Module) -> list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]:
+def shadows(model: nn.Module, back: torch.dtype) -> list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]:
     """Return (table, name, master, copy) for each place: one bfloat16 leaf per tensor, ties kept.
 
     The copies are leaves that live on, so that compiled code and CUDA graphs find them where they were; what
@@ -64,7 +64,7 @@ def shadows(model: nn.Module) -> list[tuple[dict[str, Any], str, torch.Tensor, t
         return hook
 
     found = []
-    for table, name in castable(model):
+    for table, name in castable(model, back):
         master = table[name]
         if id(master) not in copies:
             copy = copies[id(master)] = master.detach().to(torch.bfloat16)
@@ -105,14 +105,14 @@ def in_bfloat16(
                 master.copy_(copy)
 
 
-def shrink(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[tuple[Any, Any, int]]:
+def shrink(model: nn.Module, optimizer: torch.optim.Optimizer | None, back: torch.dtype) -> list[tuple[Any, Any, int]]:
     """Turn parameters, buffers, gradients and optimizer state into bfloat16 in place; keep what they were on the host.
 
     Returns (tensor, what it held, version) of each. The parameters stay the same objects.
     """
-    wanted = {id(table[name]) for table, name in castable(model)}
+    wanted = {id(table[name]) for table, name in castable(model, back)}
     changed = []
-    for tensor, held, version in cast_parameters(model, torch.bfloat16, torch.float32):
+    for tensor, held, version in cast_parameters(model, torch.bfloat16, back):
         if id(tensor) not in wanted:
             tensor.data = held
             continue
@@ -132,8 +132,8 @@ def state_to(optimizer: torch.optim.Optimizer, to: torch.dtype) -> None:
                 state[name] = value.to(to) if parameter.dtype is to and value.is_floating_point() else value
 
 
-def wide_checkpoint(model: nn.Module) -> Any:
-    """Let `state_dict` of the model return float32 copies of what is shrunk; return the handle that ends it."""
+def wide_checkpoint(model: nn.Module, back: torch.dtype) -> Any:
+    """Let `state_dict` of the model return copies of dtype `back` of what is shrunk; return the handle that ends it."""
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     names = {name for name, tensor in tensors if tensor.dtype is torch.bfloat16}
 
@@ -141,7 +141,7 @@ def wide_checkpoint(model: nn.Module) -> Any:
         del module, metadata
         for name in names:
             if prefix + name in state:
-                state[prefix + name] = state[prefix + name].float()
+                state[prefix + name] = state[prefix + name].to(back)
 
     return model.register_state_dict_post_hook(widen)  # type: ignore[no-untyped-call]
 
@@ -193,25 +193,26 @@ class PrecisionPolicy:
         policy, model = str(step.params.get("policy", "")), program.model
         if policy not in _POLICIES:
             raise CandidateError(f"unknown policy {policy!r}; expected one of {', '.join(_POLICIES)}")
-        if main_dtype(model) is not torch.float32:
-            raise CandidateError(f"{step} is for float32 models; this one is {main_dtype(model)}")
+        back = main_dtype(model)
+        if back in (torch.bfloat16, torch.float16):
+            raise CandidateError(f"{step} is for float32 models; this one is {back}")
         if policy == "autocast_bf16":
             device = next((p.device.type for p in model.parameters()), "cpu")
-            program.call = autocast(program.call, device, torch.bfloat16, torch.float32)
+            program.call = autocast(program.call, device, torch.bfloat16, back)
             if program.loss is not None:
-                program.loss = autocast(program.loss, device, torch.bfloat16, torch.float32)
+                program.loss = autocast(program.loss, device, torch.bfloat16, back)
             return program
         reason = _unfit(model) if policy == "master_weights" else ""
         if reason:
             raise CandidateError(f"{step}: {reason}")
-        program.call = inside_settings(program.call, lambda inner: cast(inner, torch.bfloat16, torch.float32))
+        program.call = inside_settings(program.call, lambda inner: cast(inner, torch.bfloat16, back))
         if policy == "master_weights":
             # A setting, so that what is compiled later lies inside it and finds the copies in place.
-            program.call = Scoped(program.call, partial(in_bfloat16, shadows(model), []))
+            program.call = Scoped(program.call, partial(in_bfloat16, shadows(model, back), []))
             return program
         optimizer = program.optimizer
-        changed = shrink(model, optimizer)
-        hook = wide_checkpoint(model)
+        changed = shrink(model, optimizer, back)
+        hook = wide_checkpoint(model, back)
 
         def undo() -> None:
             hook.remove()
@@ -219,10 +220,10 @@ class PrecisionPolicy:
                 # Values trained or loaded since then are kept, at the precision they now have.
                 same = tensor._version == version  # noqa: SLF001
                 gradient, tensor.grad = tensor.grad, None
-                tensor.data = held.to(tensor.device) if same else tensor.data.float()
-                tensor.grad = None if gradient is None else gradient.float()
+                tensor.data = held.to(tensor.device) if same else tensor.data.to(back)
+                tensor.grad = None if gradient is None else gradient.to(back)
             if optimizer is not None:
-                state_to(optimizer, torch.float32)
+                state_to(optimizer, back)
 
         program.undo.append(undo)
         return program
@@ -233,16 +234,17 @@ class PrecisionPolicy:
         if policy == "autocast_bf16":
             return Dtype().source(Step("dtype", {"to": "bfloat16", "how": "autocast"}))
         imports = "from torch.nn.modules.batchnorm import _NormBase\n"
-        wrapped = "call = cast(call, torch.bfloat16, torch.float32)\n"
+        back = "_back = main_dtype(model)\n"
+        wrapped = "call = cast(call, torch.bfloat16, _back)\n"
         if policy == "master_weights":
             text = plain_source(
-                map_tensors, castable, shadows, in_bfloat16, cast, scoped,
-                then=wrapped + "_places, _seen = shadows(model), []\n"
+                map_tensors, main_dtype, castable, shadows, in_bfloat16, cast, scoped,
+                then=back + wrapped + "_places, _seen = shadows(model, _back), []\n"
                 "call = scoped(call, lambda: in_bfloat16(_places, _seen))",
             )  # fmt: skip
             return imports + text
-        then = f"shrink(model, optimizer)\nwide_checkpoint(model)\n{wrapped}"
-        functions = (map_tensors, castable, cast_parameters, state_to, shrink, wide_checkpoint, cast)
+        then = f"{back}shrink(model, optimizer, _back)\nwide_checkpoint(model, _back)\n{wrapped}"
+        functions = (map_tensors, main_dtype, castable, cast_parameters, state_to, shrink, wide_checkpoint, cast)
         return imports + plain_source(*functions, then=then)
 
 
