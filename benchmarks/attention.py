@@ -105,7 +105,8 @@ def measure(named, device, backward, seconds):
         if plain is not None:
             runs[PLAIN] = plain
         for name, one in implementations().items():
-            if name in chosen.device_ms or name == chosen.impl or (name == "fa3_fp8" and not backward and unsupported(name, shape, device, backward=False) is None):
+            by_name_only = name == "fa3_fp8" and unsupported(name, shape, device, backward=backward) is None
+            if name in chosen.device_ms or name == chosen.impl or by_name_only:
                 runs[name] = lambda c, one=one: c.run(one)
         weight = torch.randn_like(public_call(case)) if backward else None
         samples = time_in_turns(

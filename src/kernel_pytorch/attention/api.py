@@ -1,3 +1,4 @@
+# mypy: disable-error-code="untyped-decorator"
 # ruff: noqa: PLR0917
 """Attention as SDPA defines it, computed by whichever implementation was measured to be the fastest.
 
@@ -266,8 +267,9 @@ def _ask(question: _Question) -> str:
 
 
 def _answer(question: _Question, *, tracing: bool) -> str:
-    impl, (batch, q_len, kv_len), (heads, kv_heads, head_dim, value_dim), dtype, band, floats, *rest = question
-    mask, packed, device, backward = rest
+    impl, sizes, head_sizes, dtype, band, floats, mask, packed, device, backward = question
+    batch, q_len, kv_len = sizes
+    heads, kv_heads, head_dim, value_dim = head_sizes
     left, right, alignment = band
     shape = AttentionShape(
         batch,

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call"
 # ruff: noqa: PLR0917
 """cuDNN's fused attention, by the operator that PyTorch's SDPA itself calls; Ampere and later."""
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from kernel_pytorch.attention import flash_op
 from kernel_pytorch.attention.applies import banded, first, gpu_capability, half_precision
 from kernel_pytorch.attention.flash_op import Problem
-from kernel_pytorch.attention.shaping import additive_mask, to_eighths
+from kernel_pytorch.attention.shaping import additive_mask, evenly
 from kernel_pytorch.attention.types import Alignment, AttentionShape, Implementation
 from kernel_pytorch.core.types import Skip
 
@@ -50,7 +51,7 @@ def _call(
     del left, alignment, softcap
     attn_mask = additive_mask(attn_mask, query, key.shape[2])
     head_dim, value_dim = query.shape[-1], value.shape[-1]
-    query, key, value = to_eighths(query), to_eighths(key), to_eighths(value)
+    query, key, value = evenly(query), evenly(key), evenly(value)
     out, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(  # noqa: SLF001
         query,
         key,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_pytorch.attention.applies import banded, first, gpu_capability, half_precision
-from kernel_pytorch.attention.shaping import additive_mask, every_head, to_eighths
+from kernel_pytorch.attention.shaping import additive_mask, evenly, every_head
 from kernel_pytorch.attention.types import Alignment, AttentionShape, Implementation
 from kernel_pytorch.core.types import Skip
 
@@ -49,9 +49,9 @@ def _call(
     diagonal = _NONE if right is None else _LOWER_RIGHT if alignment == "lower_right" else _UPPER_LEFT
     wants_grad = query.requires_grad or key.requires_grad or value.requires_grad
     out, *_ = torch.ops.aten._efficient_attention_forward.default(  # noqa: SLF001
-        to_eighths(query).transpose(1, 2),
-        every_head(to_eighths(key), heads).transpose(1, 2),
-        every_head(to_eighths(value), heads).transpose(1, 2),
+        evenly(query).transpose(1, 2),
+        every_head(evenly(key), heads).transpose(1, 2),
+        every_head(evenly(value), heads).transpose(1, 2),
         additive_mask(attn_mask, query, key.shape[2]),
         None,
         None,

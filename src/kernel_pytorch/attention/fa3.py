@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call"
 # ruff: noqa: PLR0917
 """FlashAttention-3: the Hopper kernels of `flash_attn_interface` (Shah et al., arXiv:2407.08608).
 

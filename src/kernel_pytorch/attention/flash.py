@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernel_pytorch.attention.applies import banded, first, gpu_capability, half_precision
-from kernel_pytorch.attention.shaping import additive_mask, every_head, to_eighths
+from kernel_pytorch.attention.shaping import additive_mask, evenly, every_head, to_eighths
 from kernel_pytorch.attention.types import Alignment, AttentionShape, Implementation
 from kernel_pytorch.core.types import Skip
 
@@ -74,7 +74,7 @@ def _call(
         )
         result: Tensor = out
         return result
-    query, key, value = to_eighths(query), to_eighths(key), to_eighths(value)
+    query, key, value = evenly(query), evenly(key), evenly(value)
     out = _flash(
         query.transpose(1, 2),
         key.transpose(1, 2),

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call"
 # ruff: noqa: PLR0917
 """One PyTorch operator for the FlashAttention packages, so that `torch.compile` runs them without a graph break.
 
@@ -95,7 +96,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, *_: Any)
     del k
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     if cu_q is None:
-        batch, tokens, heads, _ = q.shape
+        batch, tokens, heads = q.shape[:3]
         return out, q.new_empty((batch, heads, tokens), dtype=torch.float32)
     return out, q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 

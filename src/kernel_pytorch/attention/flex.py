@@ -71,8 +71,8 @@ def _call(
         blocks = _blocks(q_len, kv_len, offset, left, right, query.device)
     from torch.nn.attention.flex_attention import flex_attention
 
-    run = flex_attention if torch.compiler.is_compiling() else _compiled()
-    out: Tensor = run(  # type: ignore[assignment]
+    run: Any = flex_attention if torch.compiler.is_compiling() else _compiled()
+    out: Tensor = run(
         query,
         key,
         value,

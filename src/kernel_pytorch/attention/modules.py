@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call"
 # ruff: noqa: PLR0917
 """Attention as modules: one with the interface and keys of `nn.MultiheadAttention`, one with groups and rotation."""
 
@@ -121,7 +122,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 def _split(tensor: Tensor, heads: int) -> Tensor:
     """Turn `[batch, tokens, heads * size]` into `[batch, heads, tokens, size]`."""
-    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return tensor.reshape(*tensor.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def _merge(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, kv_len: int) -> Tensor | None:

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call"
 """Whether an implementation computes a shape here: asked by running it, forward and backward, and by its result.
 
 A version tells little: one published FlashAttention-3 build raises in backward, and a kernel that ends a diagonal in
@@ -145,10 +146,9 @@ def does_not_fit(one: Implementation, shape: AttentionShape, device: torch.devic
 
 def indexed(device: torch.device | str) -> torch.device:
     """Return the device with its number, so that `cuda` and `cuda:0` are the same."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    found = torch.device(device)
+    lacks_number = found.type == "cuda" and str(found) == "cuda"
+    return torch.device("cuda", torch.cuda.current_device()) if lacks_number else found
 
 
 def _tried(one: Implementation, shape: AttentionShape, device: torch.device, backward: bool) -> Skip | None:  # noqa: FBT001

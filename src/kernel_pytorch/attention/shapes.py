@@ -74,7 +74,7 @@ def small(named: NamedShape, dtype: torch.dtype = torch.float32) -> NamedShape:
     """Return a shape of the same kind that a CPU computes in a millisecond."""
     shape = named.shape
     shrink = max(1, max(shape.q_len, shape.kv_len) // 48)
-    window = shape.window and tuple(None if w is None else -(-w // shrink) for w in shape.window)
+    left, right = (None if w is None else -(-w // shrink) for w in shape.window or (None, None))
     groups = shape.heads // shape.kv_heads
     kv_heads = min(2, shape.kv_heads)
     return replace(
@@ -88,6 +88,6 @@ def small(named: NamedShape, dtype: torch.dtype = torch.float32) -> NamedShape:
             kv_len=-(-shape.kv_len // shrink),
             head_dim=max(8, shape.head_dim // 8),
             dtype=dtype,
-            window=window,
+            window=None if shape.window is None else (left, right),
         ),
     )

@@ -6,13 +6,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["additive_mask", "every_head", "to_eighths"]
+__all__ = ["additive_mask", "evenly", "every_head", "to_eighths"]
 
 
 def to_eighths(tensor: Tensor) -> Tensor:
     """Return the tensor with its last dimension padded by zeros to a multiple of eight, which changes no score."""
     rest = -tensor.shape[-1] % 8
     return pad(tensor, (0, rest)) if rest else tensor
+
+
+def evenly(tensor: Tensor) -> Tensor:
+    """Return `[batch, heads, tokens, head_dim]`, heads padded, copied where rows do not begin at multiples of eight.
+
+    PyTorch's kernels load rows in vectors of eight elements; decided by strides alone, so that it can be traced.
+    """
+    tensor = to_eighths(tensor)
+    steps = (tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.storage_offset())
+    if tensor.stride(3) == 1 and all(step % 8 == 0 for step in steps):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def every_head(tensor: Tensor, heads: int) -> Tensor:

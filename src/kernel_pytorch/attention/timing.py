@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call"
 """Time implementations side by side: in turns, from a cold cache, on the device's clock and on the host's."""
 
 from __future__ import annotations
