@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from kernel_pytorch.errors import CandidateError
-from kernel_pytorch.transforms.cuda_graph import Pointers, Recorder, no_graphs_on, signature
+from kernel_pytorch.transforms.cuda_graph import Pointers, Recorder, Unrecordable, no_graphs_on, signature
 
 __all__ = ["TrainStep", "capture_step"]
 
@@ -359,6 +359,11 @@ def _unrecordable(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
         return "parameters are distributed (DTensor)"
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:  # noqa: SLF001
         return "the optimizer has step hooks, which a replay would not run"
+    # What `ship` puts in the slot of a module with a plan holds the plan's program.
+    plan = getattr(model._compiled_call_impl, "program", None)  # noqa: SLF001
+    for mark in getattr(plan, "holds", ()):
+        if isinstance(mark, Unrecordable):
+            return f"the plan has {mark.step}: {mark.reason}"
     if any(group.get("differentiable") for group in optimizer.param_groups):
         return "the optimizer is differentiable"
     return ""

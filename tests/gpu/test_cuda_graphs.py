@@ -16,6 +16,7 @@ from kernel_pytorch.core.types import Mode, Step
 from kernel_pytorch.core.workload import Call
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.train_step import TrainStep, capture_step
+from kernel_pytorch.transforms.bucketing import Bucketing
 from kernel_pytorch.transforms.compile import Compile
 from kernel_pytorch.transforms.cuda_graph import CudaGraph, Recorder
 from kernel_pytorch.transforms.precision_policy import PrecisionPolicy
@@ -148,6 +149,43 @@ def test_what_cannot_be_recorded_is_told_and_the_device_works_on() -> None:
     shipped, _ = graphed(net().eval())
     with pytest.raises(CandidateError, match="an input is on cpu and the model on cuda:0"):
         shipped(inputs(4).cpu())
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+def test_a_transformer_that_looks_at_its_mask_when_uncaptured_is_recorded() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = transformers.BertModel(config).cuda().eval()
+    call = Call(
+        (), {"input_ids": torch.arange(24).view(2, 12).cuda(), "attention_mask": torch.ones(2, 12).long().cuda()}
+    )
+    call.kwargs["attention_mask"][1, 6:] = 0
+    program = CudaGraph().apply(begin(model, Mode.INFERENCE, {"main": call}), GRAPH)
+    shipped = ship(program, clone_model(model))
+    want = plain_call(model)(**call.kwargs).last_hidden_state
+    for _ in range(3):
+        got = shipped(**call.kwargs).last_hidden_state
+        assert torch.allclose(got[0], want[0], atol=1e-4)
+        assert torch.allclose(got[1, :6], want[1, :6], atol=1e-4)
+
+
+@torch.no_grad()
+def test_buckets_share_recordings() -> None:
+    model = net().eval()
+    original = clone_model(model)
+    program = begin(model, Mode.INFERENCE, {"main": Call((inputs(5),))})
+    program = CudaGraph().apply(program, GRAPH)
+    recorded = program.call
+    program = Bucketing().apply(program, Step("bucketing", {"dims": "batch"}))
+    shipped = ship(program, original)
+    for rows in (5, 6, 7, 8, 3):
+        got, want = shipped(inputs(rows, rows)), original(inputs(rows, rows))
+        assert all(torch.allclose(got[name], want[name], atol=1e-4) for name in want)
+        assert all(got[name].shape == want[name].shape for name in want)
+    assert len(recorded._recorded) == 2
 
 
 def test_a_capture_that_fails_leaves_everything_usable() -> None:

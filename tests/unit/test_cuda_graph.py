@@ -188,6 +188,16 @@ def test_random_numbers_of_the_host_are_noticed() -> None:
         assert cuda_graph._host_random_state() != before
 
 
+def test_code_that_asks_is_told_that_it_is_captured() -> None:
+    real = torch.cuda.is_current_stream_capturing
+    with cuda_graph._as_if_capturing():
+        assert torch.cuda.is_current_stream_capturing() is True
+    assert torch.cuda.is_current_stream_capturing is real
+    with pytest.raises(KeyError), cuda_graph._as_if_capturing():
+        raise KeyError
+    assert torch.cuda.is_current_stream_capturing is real
+
+
 def test_the_first_cause_is_told_with_the_users_line() -> None:
     def fail() -> None:
         try:

@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from kernel_pytorch.core.program import begin, ship
+from kernel_pytorch.core.types import Mode, Step
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.train_step import TrainStep, _unrecordable, capture_step
+from kernel_pytorch.transforms.cuda_graph import Unrecordable
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
@@ -241,6 +244,8 @@ def test_accumulated_gradients_stay_in_place() -> None:
     mine.zero_grad()
     step(data[0])
     assert all(p.grad is g for p, g in zip(ours.parameters(), held, strict=True))
+    step.flush()
+    assert all(p.grad is g and not g.any() for p, g in zip(ours.parameters(), held, strict=True))
     step.release()
     assert step.recordings == 0
 
@@ -298,6 +303,11 @@ def test_optimizers_that_a_graph_would_freeze_are_told() -> None:
     assert _unrecordable(net, optimizer) == ""
     optimizer.register_step_post_hook(lambda *_: None)
     assert "step hooks" in _unrecordable(net, optimizer)
+    optimizer = OPTIMIZERS["sgd"](net.parameters())
+    program = begin(net, Mode.TRAINING, {}, optimizer=optimizer)
+    program.holds.append(Unrecordable(Step("compile", {"mode": "reduce-overhead"}), "it makes graphs of its own"))
+    words = "the plan has compile(mode=reduce-overhead): it makes graphs of its own"
+    assert _unrecordable(ship(program, net), optimizer) == words
 
 
 def test_a_batch_elsewhere_and_ever_new_shapes_fall_out() -> None:

@@ -12,8 +12,8 @@ import random
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,14 +110,18 @@ class Recorder:
         return out
 
     def inspect(self, run: Callable[[], Any]) -> tuple[Any, str]:
-        """Run as `warm_up` does and return the result with what forbids recording it; empty if nothing was seen."""
+        """Run as `warm_up` does and return the result with what forbids recording it; empty if nothing was seen.
+
+        Seen before rather than when a capture fails: the line is known, and nothing has to be mended.
+        """
         before = _host_random_state()
         mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                out = self.warm_up(run)
+                with _as_if_capturing():
+                    out = self.warm_up(run)
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
         syncs = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
@@ -171,6 +175,17 @@ class Recorder:
         scratch = torch.zeros(1, device=self.device)
         with torch.cuda.device(self.device), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
             scratch.add_(1)
+
+
+@contextmanager
+def _as_if_capturing() -> Iterator[None]:
+    """Let code that asks whether it is captured do what it does then: transformers looks at masks only otherwise."""
+    real = torch.cuda.is_current_stream_capturing
+    torch.cuda.is_current_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = real
 
 
 def _host_random_state() -> tuple[Any, ...]:
