@@ -9,6 +9,7 @@ import torch
 
 from kernel_pytorch._triton.launch import cannot_run
 from kernel_pytorch.core.types import Skip
+from kernel_pytorch.errors import InputsError
 from kernel_pytorch.ops.adamw import reference
 from kernel_pytorch.ops.adamw.op import Entry, Hyper, Tables, update
 
@@ -98,25 +99,25 @@ def step(
         impl: `triton`, `reference`, or `None`: the kernel where it can run on all tensors, else the definition.
 
     Raises:
-        ValueError: Lists of different lengths, hyper-parameters out of range, an unknown `impl`, or one that cannot
+        InputsError: Lists of different lengths, hyper-parameters out of range, an unknown `impl`, or one that cannot
             run, with the reason.
         RuntimeError: The first step with these tensors is being captured in a CUDA graph.
     """
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps)
     if len({len(x) for x in lists}) != 1 or (masters is not None and len(masters) != len(params)):
-        raise ValueError(f"all lists need one entry a parameter, got {[len(x) for x in lists]}")
+        raise InputsError(f"all lists need one entry a parameter, got {[len(x) for x in lists]}")
     if not all(0.0 <= b < 1.0 for b in betas):
-        raise ValueError(f"betas must be in [0, 1), got {betas}")
+        raise InputsError(f"betas must be in [0, 1), got {betas}")
     if eps < 0 or weight_decay < 0:
-        raise ValueError(f"eps and weight_decay must not be negative, got {eps} and {weight_decay}")
+        raise InputsError(f"eps and weight_decay must not be negative, got {eps} and {weight_decay}")
     if impl not in (None, "triton", "reference"):
-        raise ValueError(f"unknown impl {impl!r}; expected triton or reference")
+        raise InputsError(f"unknown impl {impl!r}; expected triton or reference")
     copies: Sequence[torch.Tensor | None] = masters if masters is not None else [None] * len(params)
     rows = list(zip(*lists, copies, strict=True))
     reasons = (unsupported(*row) for row in rows)
     reason = None if impl == "reference" else next((r for r in reasons if r is not None), None)
     if impl == "triton" and reason is not None:
-        raise ValueError(f"the kernel cannot run: {reason.reason}")
+        raise InputsError(f"the kernel cannot run: {reason.reason}")
     if impl == "reference" or reason is not None:
         targets = params if masters is None else masters
         reference.step(

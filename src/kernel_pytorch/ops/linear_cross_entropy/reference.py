@@ -1,0 +1,44 @@
+"""The definitions, in plain PyTorch, for any float dtype; fp64 is the oracle."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+__all__ = ["cross_entropy_reference", "linear_cross_entropy_reference"]
+
+
+def cross_entropy_reference(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Return `F.cross_entropy` of `logits` `[rows, columns]` in fp32 (fp64 stays), capped as Gemma 2 caps them."""
+    wide = logits if logits.dtype is torch.float64 else logits.float()
+    if softcap:
+        wide = softcap * torch.tanh(wide / softcap)
+    return functional.cross_entropy(
+        wide, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
+    )
+
+
+def linear_cross_entropy_reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Return the cross-entropy of `hidden [T, H] @ weight [V, H].T + bias`, with all logits in memory."""
+    return cross_entropy_reference(
+        functional.linear(hidden, weight, bias), labels, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        softcap=softcap, reduction=reduction,
+    )  # fmt: skip
