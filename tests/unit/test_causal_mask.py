@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from kernel_pytorch.core.workload import Call
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.transforms.attention_calls import using
 from kernel_pytorch.transforms.causal_mask import CausalMask
+from kernel_pytorch.transforms.regional_compile import RegionalCompile
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*_stable_hash_for_caching:UserWarning"),
@@ -292,3 +294,158 @@ def test_the_ejected_source_does_the_same() -> None:
             assert set(traced_masks(names["call"], tokens(), **kwargs)) == {(False, True)}
         finally:
             F.multi_head_attention_forward, F.scaled_dot_product_attention = heads, sdpa
+
+
+def test_compiled_llama_trains_as_before() -> None:
+    original = llama().train()
+
+    def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(input_ids=batch["ids"], labels=batch["ids"], use_cache=False).loss
+
+    batch = {"ids": tokens(4)}
+    model = clone_model(original)
+    program = applied(model, Call((), batch), Mode.TRAINING, loss=loss)
+    model._compiled_call_impl = torch.compile(program.call, backend="inductor", fullgraph=True)
+    losses = [loss(m, batch) for m in (original, model)]
+    assert torch.allclose(*losses, atol=1e-5)
+    for value in losses:
+        value.backward()
+    for (path, one), two in zip(original.named_parameters(), model.parameters(), strict=True):
+        assert torch.allclose(one.grad, two.grad, atol=1e-5), path
+    assert (
+        traced_masks(program.call, input_ids=batch["ids"], labels=batch["ids"], use_cache=False) == [(False, True)] * 2
+    )
+
+
+def test_a_cache_is_decoded_as_before() -> None:
+    original = llama()
+    program = applied(clone_model(original), Call((tokens(),), {"use_cache": False}))
+    routed = clone_model(original)
+    routed._compiled_call_impl = applied(routed, Call((tokens(),), {"use_cache": False})).call
+    with torch.no_grad():
+        for step in (original, program.call, routed):
+            cache = step(tokens(), use_cache=True).past_key_values
+            more = step(tokens(2, 3, seed=5), past_key_values=cache, use_cache=True)
+            last = step(tokens(2, 1, seed=6), past_key_values=more.past_key_values, use_cache=True)
+            if step is original:
+                expected = (more.logits, last.logits)
+            assert torch.allclose(more.logits, expected[0], atol=1e-6)
+            assert torch.allclose(last.logits, expected[1], atol=1e-6)
+        generated = [
+            m.generate(tokens(1), max_new_tokens=4, do_sample=False, pad_token_id=0) for m in (original, routed)
+        ]
+    assert torch.equal(*generated)
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
+def test_sliding_windows(kind: str) -> None:
+    wide = {"num_key_value_heads": 2, "sliding_window": 64}
+    if kind == "Qwen2":
+        wide |= {"use_sliding_window": True, "max_window_layers": 1}
+    call = Call((tokens(),), {"use_cache": False})
+    with pytest.raises(CandidateError, match="is not the causal mask"):
+        applied(hugging_face(kind, **{**wide, "sliding_window": 4}), call)
+    original = hugging_face(kind, **wide)
+    program = applied(clone_model(original), call)
+    assert traced_masks(program.call, tokens(), use_cache=False) == [(False, True)] * 2
+    compiled = torch.compile(program.call, backend="eager", fullgraph=True)
+    for ids in (tokens(), tokens(1, 5), tokens(1, 80)):
+        with torch.no_grad():
+            assert torch.allclose(
+                compiled(ids, use_cache=False).logits, original(ids, use_cache=False).logits, atol=1e-6
+            )
+
+
+def test_bert_has_no_causal_mask() -> None:
+    padding = torch.ones(2, LENGTH, dtype=torch.long)
+    padding[0, 8:] = 0
+    with pytest.raises(CandidateError, match="depends on the values of an input"):
+        applied(hugging_face("Bert"), Call((), {"input_ids": tokens(), "attention_mask": padding}))
+    with pytest.raises(CandidateError, match=r"no attention call has a mask|is not the causal mask"):
+        applied(hugging_face("Bert"), Call((), {"input_ids": tokens()}))
+
+
+def test_position_ids_or_padding_among_the_examples_are_refused() -> None:
+    places = torch.arange(LENGTH)[None]
+    for extra in ({"position_ids": places}, {"attention_mask": torch.ones(2, LENGTH, dtype=torch.long)}):
+        with pytest.raises(CandidateError, match="depends on the values of an input"):
+            applied(llama(), Call((tokens(),), {"use_cache": False, **extra}))
+
+
+def test_a_hugging_face_model_needs_no_example_inputs() -> None:
+    original = llama()
+    program = begin(clone_model(original), Mode.INFERENCE, {})
+    PROGRAMS.append(program)
+    CausalMask().apply(program, STEP)
+    assert traced_masks(program.call, tokens(), use_cache=False) == [(False, True)] * 2
+    packed = torch.cat([torch.arange(5), torch.arange(LENGTH - 5)])[None].expand(2, -1)
+    assert traced_masks(program.call, tokens(), position_ids=packed, use_cache=False) == [(True, False)] * 2
+    with pytest.raises(CandidateError, match="no example inputs"):
+        CausalMask().apply(begin(made(GPT), Mode.INFERENCE, {}), STEP)
+
+
+def test_a_model_that_asks_for_sdpa_by_its_name_is_detoured() -> None:
+    original = hugging_face("Falcon", alibi=False)
+    program = applied(clone_model(original), Call((tokens(),), {"use_cache": False}))
+    assert traced_masks(original, tokens(), use_cache=False) == [(True, False)] * 2
+    assert traced_masks(program.call, tokens(), use_cache=False) == [(False, True)] * 2
+
+
+def test_the_fused_inference_path_is_told() -> None:
+    assert any("fused inference path" in note for note in applied(made(Encoder)).notes)
+    assert applied(made(Encoder), mode=Mode.TRAINING).notes == []
+
+
+def test_shapes_that_depend_on_values_are_values_read() -> None:
+    class Routing(GPT):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            few = ids[ids > 0] if self.kind == "bool" else ids.flatten()[torch.arange(3)]
+            return super().forward(ids) + few.float().mean()
+
+    assert made(lambda: Routing("buffer"))(tokens()).shape == (2, LENGTH, VOCAB)
+    applied(made(lambda: Routing("buffer")))
+    with pytest.raises(CandidateError, match="reads some of them before"):
+        applied(made(lambda: Routing("bool")))
+
+
+def test_observing_changes_nothing() -> None:
+    model = made(lambda: nn.Sequential(GPT(), nn.BatchNorm1d(LENGTH), nn.Dropout(0.5))).train()
+    before, state = state_digest(model), torch.get_rng_state()
+    program = applied(model, mode=Mode.TRAINING)
+    assert state_digest(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert program.model._compiled_call_impl is None
+
+
+def test_blocks_compiled_one_by_one_get_no_mask() -> None:
+    original = llama()
+    model = clone_model(original)
+    call = Call((tokens(),), {"use_cache": False})
+    steps = (STEP, Step("regional_compile", {"block": "LlamaDecoderLayer"}))
+    program = applied(model, call)
+    program = RegionalCompile().apply(program, steps[1])
+    with torch.no_grad():
+        got = program.call(tokens(), use_cache=False)
+        assert torch.allclose(got.logits, original(tokens(), use_cache=False).logits, atol=1e-5)
+    assert not [note for note in program.notes if "graph break" in note]
+
+
+def test_other_threads_keep_their_masks() -> None:
+    model, other = made(GPT), made(GPT)
+    program = applied(model)
+    outer, seen = using(lambda q, k, v, o, rest: seen.append(o["is_causal"]) or rest(q, k, v, o)), []
+
+    def attend() -> None:
+        outer.enter()
+        other(tokens())
+        outer.leave()
+
+    def beside(*_: Any) -> None:
+        thread = threading.Thread(target=attend)
+        thread.start()
+        thread.join()
+
+    handle = model.head.register_forward_hook(beside)
+    program.call(tokens())
+    handle.remove()
+    assert seen == [False]

@@ -15,7 +15,7 @@ from torch import nn
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
-from kernel_pytorch.transforms.attention_calls import Route, SdpaCall, always, install, observe, using
+from kernel_pytorch.transforms.attention_calls import Route, SdpaCall, always, fused_path_note, install, observe, using
 from kernel_pytorch.transforms.ceilings import COMPUTE, FUSIBLE, bounded
 from kernel_pytorch.transforms.plain_source import plain_source
 from kernel_pytorch.transforms.scoped import Scoped, scoped
@@ -260,7 +260,7 @@ def _route_kernels(program: Program, name: str) -> Program:
     program.undo.append(install(seen.places))
     program.call = always(program.call, using(to_kernels(kernels)))
     program.notes += [f"attention {k.heads}x{k.head_dim} runs by {k.eager}, compiled by {k.compiled}" for k in kernels]
-    program.notes += _left_to_sdpa(reasons, refused)
+    program.notes += [*_left_to_sdpa(reasons, refused), *fused_path_note(program)]
     if not any(call.masked for call in eager) and seen.masked:
         program.notes.append(
             "while torch.compile traces it the model makes masks, which stay with SDPA: see causal_mask"

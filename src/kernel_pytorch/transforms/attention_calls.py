@@ -40,6 +40,7 @@ __all__ = [
     "always",
     "as_if_tracing",
     "detour",
+    "fused_path_note",
     "install",
     "observe",
     "pattern_of",
@@ -324,6 +325,12 @@ class _Taint(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(leaf, torch.Tensor)
         )
 
+    def _shaped_by_values(self, name: str, func: Any, args: tuple[Any, ...]) -> bool:
+        """Return whether the shape of a result depends on values of tainted tensors, which is to read them."""
+        if name in {"aten::index", "aten::index_put", "aten::index_put_"}:
+            return any(x is not None and x.dtype in (torch.bool, torch.uint8) and self.tainted(x) for x in args[1])
+        return torch.Tag.dynamic_output_shape in func.tags
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -333,8 +340,7 @@ class _Taint(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in _SHAPE_ONLY:
             return out
         dirty = self.tainted((args, kwargs))
-        # A shape that depends on values is a value read, too.
-        if dirty and (name in _READS or torch.Tag.dynamic_output_shape in func.tags):
+        if dirty and (name in _READS or self._shaped_by_values(name, func, args)):
             self.decided = True
         if dirty:
             self.mark(out)
@@ -471,6 +477,14 @@ def as_if_tracing() -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(compiler, name, value)
+
+
+def fused_path_note(program: Program) -> list[str]:
+    """Return a note where modules may take a path at inference that calls no SDPA, though they did while observed."""
+    kinds = {type(m).__name__ for m in program.model.modules() if isinstance(m, nn.TransformerEncoderLayer)}
+    if program.mode is Mode.TRAINING or not kinds:
+        return []
+    return [f"{', '.join(sorted(kinds))} may take PyTorch's fused inference path, which calls no SDPA to reroute"]
 
 
 def observe(program: Program, *, tracing: bool) -> Observation:

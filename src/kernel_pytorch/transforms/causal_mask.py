@@ -29,6 +29,7 @@ from kernel_pytorch.transforms.attention_calls import (
     Observation,
     Using,
     detour,
+    fused_path_note,
     install,
     observe,
     rerouted,
@@ -209,6 +210,7 @@ class CausalMask:
         left = [c for tracing in (False, True) for c in observe(program, tracing=tracing).masked]
         if left:
             raise CandidateError(f"{len(left)} attention calls keep their mask although it is causal")
+        program.notes += fused_path_note(program)
         if any(call.checkpointed for call in seen.masked):
             program.notes.append(
                 "checkpointed layers keep their causal mask when eager code runs them again in backward"
