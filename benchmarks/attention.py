@@ -6,7 +6,8 @@ For each shape, forward alone and with backward: the choice is made first, in a 
 its error and that of plain `scaled_dot_product_attention` are taken against float64 on a sample of the rows, and only
 if it is right are all timed, on samples other than those that made the choice. `--part I/N` takes every N-th group of
 shapes (one head size, grouping and mask: what the packages compile for). Rows already in the output file are kept.
-On a CPU the shapes are shrunk: that tests the script, not the machine.
+FlashAttention-4 compiles a kernel for each group, seconds each, so processes beside this one compile them first, into
+the package's own disk cache. On a CPU the shapes are shrunk: that tests the script, not the machine.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import json
 import math
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -137,6 +141,30 @@ def measure(named, device, backward, seconds):
     return row
 
 
+def compile_first(device, processes):
+    """Let FlashAttention-4 compile for each group of shapes, in processes that share its disk cache."""
+    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
+    if device.type != "cuda" or find_spec("flash_attn") is None or processes < 1:
+        return
+    command = [sys.executable, __file__, *sys.argv[1:], "--compile-part"]
+    workers = [subprocess.Popen([*command, f"{n}/{processes}"]) for n in range(1, processes + 1)]
+    for worker in workers:
+        worker.wait(300)
+
+
+def compile_part(shapes, device, part):
+    """Compile what the I-th of N processes is to compile: each group's shortest shape, both directions."""
+    index, count = map(int, part.split("/"))
+    first = {}
+    for named in shapes:
+        first.setdefault(group(named) if named in GRID else named.name, named)
+    for named in list(first.values())[index - 1 :: count]:
+        for backward in (True, False):
+            skip = unsupported("fa4", named.shape, device, backward=backward)
+            if skip is not None:
+                print(f"{named.name}: {skip.reason}"[:300])
+
+
 def environment(device):
     spec = detect(str(device))
     return {"device": spec.key, "name": spec.name, "software": {**spec.software, **choice.software(device)}}
@@ -189,6 +217,10 @@ def main():
     parser.add_argument("--seconds", type=float, default=0.35, help="of timing for each row")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which no row is begun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--processes", type=int, default=min(12, os.cpu_count() or 1), help="that compile first; 0: none"
+    )
+    parser.add_argument("--compile-part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     shapes = [*GRID, *AWKWARD]
@@ -199,10 +231,15 @@ def main():
     part, parts = map(int, arguments.part.split("/"))
     groups = list(dict.fromkeys(map(group, shapes)))
     shapes = [named for named in shapes if groups.index(group(named)) % parts == part - 1]
+    if arguments.compile_part:
+        compile_part(shapes, device, arguments.compile_part)
+        return
+    start = time.monotonic()
+    compile_first(device, arguments.processes)
+    print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
     document = {"environment": environment(device), "rows": {}}
     if arguments.output.exists():
         document["rows"] = json.loads(arguments.output.read_text())["rows"]
-    start = time.monotonic()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["KERNEL_PYTORCH_CACHE"] = cache
         for named in shapes:

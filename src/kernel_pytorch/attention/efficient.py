@@ -12,14 +12,15 @@ from kernel_pytorch.core.types import Skip
 
 __all__ = ["IMPLEMENTATION", "fits"]
 
-_NONE, _UPPER_LEFT, _LOWER_RIGHT = 0, 1, 2
+_LOWER_RIGHT = 2
 """The kernel's `custom_mask_type`."""
 
 
 def fits(shape: AttentionShape, device: torch.device, *, backward: bool) -> Skip | None:
-    """FP16, BF16 and FP32, both diagonals, masks, dropout; no window, softcap or packed documents."""
-    del backward
+    """FP16, BF16, FP32, masks, dropout, diagonals (lower right: forward only); no window, softcap or packing."""
     name = "memory-efficient attention"
+    if backward and shape.is_causal and shape.alignment == "lower_right":
+        return Skip(f"{name} with a lower-right diagonal computes the forward only: torch cannot trace more")
     if shape.softcap or shape.packed:
         return Skip(f"{name} has no {'softcap' if shape.softcap else 'packed documents here'}", "impl='fa4'")
     if shape.mask and shape.is_causal:
@@ -46,24 +47,31 @@ def _call(
 ) -> Tensor:
     del left, softcap
     heads, head_dim, value_dim = query.shape[1], query.shape[-1], value.shape[-1]
-    diagonal = _NONE if right is None else _LOWER_RIGHT if alignment == "lower_right" else _UPPER_LEFT
-    wants_grad = query.requires_grad or key.requires_grad or value.requires_grad
-    out, *_ = torch.ops.aten._efficient_attention_forward.default(  # noqa: SLF001
-        evenly(query).transpose(1, 2),
-        every_head(evenly(key), heads).transpose(1, 2),
-        every_head(evenly(value), heads).transpose(1, 2),
-        additive_mask(attn_mask, query, key.shape[2]),
-        None,
-        None,
-        None,
-        None,
-        dropout_p,
-        diagonal,
-        torch.is_grad_enabled() and wants_grad,
-        scale=head_dim**-0.5 if scale is None else scale,
-    )
-    result: Tensor = out.transpose(1, 2)
-    return result[..., :value_dim]
+    scale = head_dim**-0.5 if scale is None else scale
+    wants_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    bias = additive_mask(attn_mask, query, key.shape[2])
+    query, key, value = evenly(query), every_head(evenly(key), heads), every_head(evenly(value), heads)
+    if right is not None and alignment == "lower_right":
+        out = torch.ops.aten._efficient_attention_forward.default(  # noqa: SLF001
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            None,
+            None,
+            None,
+            None,
+            None,
+            dropout_p,
+            _LOWER_RIGHT,
+            False,  # noqa: FBT003
+            scale=scale,
+        )[0].transpose(1, 2)
+    else:
+        out = torch.ops.aten._scaled_dot_product_efficient_attention.default(  # noqa: SLF001
+            query, key, value, bias, wants_grad, dropout_p, right is not None, scale=scale
+        )[0]
+    result: Tensor = out[..., :value_dim]
+    return result
 
 
 IMPLEMENTATION = Implementation(

@@ -9,23 +9,39 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernel_pytorch.attention.applies import banded
+from kernel_pytorch.attention.reference import visible
 from kernel_pytorch.attention.types import Alignment, AttentionShape, Implementation
 from kernel_pytorch.core.types import Skip
 
 __all__ = ["IMPLEMENTATION", "fits"]
 
 
+_MASK_BYTES = 1 << 28
+"""Of a mask that is written out for a call; more is worth another implementation."""
+
+
 def fits(shape: AttentionShape, device: torch.device, *, backward: bool) -> Skip | None:
-    """Any device and dtype, upper-left diagonals, masks, dropout; no window, softcap or packed documents."""
+    """Any device and dtype, masks, dropout; bands other than SDPA's `is_causal` as a mask; no softcap or packing."""
     del device, backward
     if shape.softcap or shape.packed:
         return Skip(
             f"SDPA has no {'softcap' if shape.softcap else 'packed documents'}", "impl='fa4' or 'flex' on a GPU"
         )
-    if shape.mask and shape.is_causal:
+    if not (shape.is_causal or shape.window):
+        return None
+    if shape.mask:
         return Skip("SDPA takes a mask or is_causal, not both")
-    return banded("SDPA", shape, lower_right=False, window=False)
+    own = shape.is_causal and shape.alignment == "upper_left"
+    if not own and shape.q_len * shape.kv_len > _MASK_BYTES:
+        return Skip(
+            f"SDPA would need a mask of {shape.q_len * shape.kv_len >> 20} MiB", "impl='fa4', 'flash' or 'flex'"
+        )
+    return None
+
+
+def _is_sdpas(left: int | None, right: int | None, alignment: Alignment) -> bool:
+    """Return whether a band is one that SDPA knows without a mask: all, or causal from the upper left."""
+    return left is None and (right is None or (right == 0 and alignment == "upper_left"))
 
 
 def _call(
@@ -41,7 +57,11 @@ def _call(
     alignment: Alignment,
     softcap: float,
 ) -> Tensor:
-    del left, alignment, softcap
+    del softcap
+    if not _is_sdpas(left, right, alignment):
+        sizes = (query.shape[2], key.shape[2])
+        attn_mask = visible(*sizes, left=left, right=right, alignment=alignment, device=query.device)
+        right = None
     return scaled_dot_product_attention(
         query,
         key,

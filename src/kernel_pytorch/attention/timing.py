@@ -20,7 +20,7 @@ _HOPELESS = 1.3
 """An implementation this much slower than the best after the first rounds is not timed on."""
 _CRAWLING = 2.5
 """One this much slower in the warm-up is not timed at all."""
-_SECONDS = 1.0
+_SECONDS = 0.6
 _CYCLES_PER_MS = 2_000_000
 """At most: no GPU's clock is much above 2 GHz."""
 
