@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from kernel_pytorch.plan.apply import prepare as prepare
     from kernel_pytorch.plan.eject import eject as eject
     from kernel_pytorch.plan.store import load_plan as load_plan
+    from kernel_pytorch.train_step import TrainStep as TrainStep
     from kernel_pytorch.validation.unified_validator import UnifiedValidator as UnifiedValidator
 
 __version__ = "0.1.0"
@@ -68,6 +69,7 @@ _HOME = {
     "Result": "core.management.result",
     "Step": "core.types",
     "TargetError": "errors",
+    "TrainStep": "train_step",
     "UnifiedManager": "core.management.unified_manager",
     "UnifiedValidator": "validation.unified_validator",
     "Workload": "core.workload",

@@ -8,25 +8,36 @@ from collections.abc import Sequence
 from kernel_pytorch.core.protocols import Program, Transform
 from kernel_pytorch.core.types import Candidate, Step
 from kernel_pytorch.errors import CandidateError
+from kernel_pytorch.transforms.adamw import AdamW
 from kernel_pytorch.transforms.aoti import Aoti
 from kernel_pytorch.transforms.attention import Attention
+from kernel_pytorch.transforms.bucketing import Bucketing
+from kernel_pytorch.transforms.causal_mask import CausalMask
 from kernel_pytorch.transforms.channels_last import ChannelsLast
 from kernel_pytorch.transforms.compile import Compile
+from kernel_pytorch.transforms.cuda_graph import CudaGraph
 from kernel_pytorch.transforms.dtype import Dtype
 from kernel_pytorch.transforms.fused_optimizer import FusedOptimizer
 from kernel_pytorch.transforms.int8_eager import Int8Eager
+from kernel_pytorch.transforms.kernel_swap import KernelSwap
+from kernel_pytorch.transforms.precision_policy import PrecisionPolicy
 from kernel_pytorch.transforms.prepack import Prepack
 from kernel_pytorch.transforms.quantize import Quantize
 from kernel_pytorch.transforms.regional_compile import RegionalCompile
+from kernel_pytorch.transforms.static_cache import StaticCache
 from kernel_pytorch.transforms.threads import Threads
 
 __all__ = ["TRANSFORMS", "apply_candidate", "find", "group_of"]
 
 TRANSFORMS: tuple[Transform, ...] = (
     # What the model computes, then in which format, then by which code, then around it all.
+    StaticCache(),
+    CausalMask(),
     Attention(),
     ChannelsLast(),
     Dtype(),
+    PrecisionPolicy(),
+    KernelSwap(),
     Prepack(),
     Int8Eager(),
     Quantize("int8_dynamic"),
@@ -36,6 +47,9 @@ TRANSFORMS: tuple[Transform, ...] = (
     RegionalCompile(),
     Compile(),
     Aoti(),
+    CudaGraph(),
+    Bucketing(),
+    AdamW(),
     FusedOptimizer(),
     Threads(),
 )

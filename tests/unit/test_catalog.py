@@ -110,7 +110,12 @@ def test_proposals_are_steps_of_their_own_or_a_reason(device: DeviceSpec, mode: 
             bound = transform.ceiling(step, PREDICTION, device)
             assert bound >= 1.0 or device is CPU
             assert not math.isnan(bound)
-            compile(transform.source(step), "source", "exec")
+            try:
+                source = transform.source(step)
+            except CandidateError as error:
+                assert error.fix, "what cannot be written as plain PyTorch says what to use instead"
+                continue
+            compile(source, "source", "exec")
 
 
 def test_proposals_follow_the_device_and_the_model() -> None:

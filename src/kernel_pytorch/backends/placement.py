@@ -21,7 +21,7 @@ __all__ = ["place", "release_cached"]
 def release_cached() -> None:
     """Give memory that is held but not used back to the device: another process, or a large step, may need it."""
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
 
 

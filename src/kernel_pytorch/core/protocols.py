@@ -72,7 +72,8 @@ class Transform(Protocol):
         modes: The modes it is for.
         compiles: Whether applying it costs seconds of compilation, so that the search tries it late.
 
-    A class may also say `pays_compiled = True`: what it does pays inside compiled code only, so it is not tried alone.
+    A class may also say `pays_compiled = True` (what it does pays inside compiled code only: it is tried together with
+    compilation first) or `compile_fuses = True` (compilation does the same: it is compiled without first).
     """
 
     name: str

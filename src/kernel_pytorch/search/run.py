@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from kernel_pytorch.core.config import KernelPyTorchConfig
 from kernel_pytorch.core.types import Candidate, Event, Listener, Prediction, Status, Trial, Untried
 from kernel_pytorch.measure.stats import confirm_pairs
+from kernel_pytorch.plan.compile_cache import discard
 from kernel_pytorch.search.choose import finalists, is_confirmed, why_not
 from kernel_pytorch.search.jobs import Jobs
 from kernel_pytorch.search.propose import Proposals
@@ -43,6 +45,7 @@ class Search:
         listen: Told what happens.
         journal: Called with every finished trial before the next one starts.
         finished: Trials of an interrupted search, not run again.
+        artifact_dir: Where the confirmation keeps what it compiles, for the plan to carry; empty keeps nothing.
         started: When the search began, on `time.monotonic`'s clock; its budget counts from there.
     """
 
@@ -53,6 +56,7 @@ class Search:
     listen: Listener
     journal: Callable[[Trial], None]
     finished: tuple[Trial, ...] = ()
+    artifact_dir: str = ""
     started: float = field(default_factory=time.monotonic)
     evidence: list[Trial] = field(default_factory=list)
 
@@ -91,6 +95,7 @@ class Search:
             pairs=pairs,
             seed=self.config.seed + (_SEED_OF_CONFIRMATION if phase == "confirm" else 0),
             memo_dir=self.jobs.memo_dir,
+            artifact_dir=self.artifact_dir if phase == "confirm" else "",
         )
         deadline = self.config.trial_timeout_s
         if phase == "screen":
@@ -122,6 +127,8 @@ class Search:
             trial = done[0] if done else self._try(finalist.candidate, "confirm", *self._confirmation(finalist))
             if is_confirmed(trial, self.config.min_gain):
                 return trial
+        if self.artifact_dir:
+            discard(Path(self.artifact_dir))  # of a choice that was not confirmed
         kept = next(t for t in self.evidence if not t.candidate.steps)
         return replace(kept, reason="nothing faster was right and confirmed: the unmodified model is kept")
 

@@ -1,7 +1,8 @@
 """Which candidate to try next: cheap single steps first, then compilation on top of what won, then the rest.
 
 Compilation is dear and timing is cheap, so the most promising step of each group that needs no compiler is tried alone
-first. Then the first compile steps are tried on the best of those, with the steps that pay inside compiled code only;
+first. Then the first compile steps are tried on the best of those, with the steps that pay inside compiled code only
+and without those that do by hand what compilation does;
 then the winners together, compiled too; then the other cheap steps, all compile steps on the best, the remaining
 winners added to the best candidate so far, and runners-up. A candidate whose upper bound cannot reach the smallest
 gain, that contains a step that was wrong alone, or that has been tried, is not tried.
@@ -93,11 +94,13 @@ class Strategy:
         for step in cheap:
             leaders.setdefault(self.proposals.transform_of(step).group, step)
         yield from (Candidate((s,)) for s in leaders.values())
-        plain = [c for c in self.trials if all(s in cheap for s in c.steps)]
+        fused = {t.name for t, _ in self.proposals.steps if getattr(t, "compile_fuses", False)}
+        kept = [s for s in cheap if s.transform not in fused]
+        plain = [c for c in self.trials if all(s in kept for s in c.steps)]
         yield from self._extensions(self._best(plain), dear[:2], along=inside)
-        yield from self._extensions(self._best(plain), [s for s in cheap if self.gain(Candidate((s,))) > 1.0])
+        yield from self._extensions(self._best(plain), [s for s in kept if self.gain(Candidate((s,))) > 1.0])
         yield from self._extensions(self._best(plain), dear[:1], along=inside)
-        yield from (Candidate((s,)) for s in cheap)
+        yield from (Candidate((s,)) for s in (*cheap, *inside))
         yield from self._extensions(self._best(plain), dear, along=inside)
         yield from self._extensions(self._best(self.trials), [s for s in cheap if self.gain(Candidate((s,))) > 1.0])
         yield from self._extensions(self._best(self.trials), [*cheap, *dear], replace=True)
@@ -120,10 +123,19 @@ class Strategy:
             if step in base.steps or (group in groups and not replace):
                 continue
             kept = [s for s in base.steps if s is not groups.get(group)]
-            if along:
+            without = self.proposals.combine([*kept, step])
+            if along and not self._spoil(along):
                 with_them = self.proposals.combine([*kept, *along, step])
                 yield with_them
-                trial = self.trials.get(with_them)
-                if trial is None or trial.status is Status.OK:
+                if self._status(with_them) in (None, Status.OK):
                     continue
-            yield self.proposals.combine([*kept, step])
+            yield without
+
+    def _status(self, candidate: Candidate) -> Status | None:
+        trial = self.trials.get(candidate)
+        return None if trial is None else trial.status
+
+    def _spoil(self, steps: list[Step]) -> bool:
+        """Return whether a candidate was fine without these steps and not with them."""
+        fine = [c for c, t in self.trials.items() if t.status is Status.OK and c.steps]
+        return any(self._status(self.proposals.combine([*c.steps, *steps])) not in (None, Status.OK) for c in fine)

@@ -10,7 +10,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -37,6 +37,7 @@ from kernel_pytorch.core.types import (
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.measure.sampler import compare
 from kernel_pytorch.measure.stats import SCREEN_CONFIDENCE, paired_ratio, screen_stop
+from kernel_pytorch.plan.compile_cache import recording
 from kernel_pytorch.search.bench import Bench, build
 from kernel_pytorch.search.layers import layer_times
 from kernel_pytorch.validation.numerics import Subject, judge
@@ -62,6 +63,7 @@ class TrialRequest:
         seed: Seed of the inputs; a confirmation uses one that no screening saw.
         memo_dir: Where validators share oracle outputs and structural verdicts.
         level: Of the validation: quick, standard or strict.
+        artifact_dir: Where what the first calls compile is kept for the plan to carry; empty keeps nothing.
     """
 
     candidate: Candidate
@@ -71,6 +73,7 @@ class TrialRequest:
     seed: int = 0
     memo_dir: str = ""
     level: str = "standard"
+    artifact_dir: str = ""
 
 
 def run_trial(bench: Bench, request: TrialRequest, make: Callable[[nn.Module], Program] | None = None) -> Trial:
@@ -90,7 +93,8 @@ def run_trial(bench: Bench, request: TrialRequest, make: Callable[[nn.Module], P
             copy = clone_model(bench.model)
             program = make(copy) if make else build(bench, copy, request.candidate)
             shipped = ship(program, bench.model)
-            compile_seconds, wrong = _first_calls(bench, shipped)
+            with recording(Path(request.artifact_dir), bench.manager.spec) if request.artifact_dir else nullcontext():
+                compile_seconds, wrong = _first_calls(bench, shipped)
             report = NumericsReport(wrong) if wrong else _judge(bench, request, program)
             release_cached()
             trial = Trial(

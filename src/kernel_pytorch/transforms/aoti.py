@@ -27,6 +27,7 @@ from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError, InputsError
 from kernel_pytorch.transforms.compile import Compile, needs_compiler
+from kernel_pytorch.transforms.cuda_graph import Unrecordable
 from kernel_pytorch.transforms.plain_source import plain_source
 from kernel_pytorch.transforms.scoped import inside_settings, settings_of
 from kernel_pytorch.transforms.traceable import refuse_untraceable
@@ -168,6 +169,7 @@ class Aoti:
         with settings_of(program.call):
             program.call = inside_settings(program.call, wrap)
         program.dynamic = False
+        program.holds.append(Unrecordable(step, "it looks at its weights at each call, which a replay skips"))
         program.notes.append("the package holds the weights as constants; the module keeps its own for state_dict")
         return program
 

@@ -13,6 +13,7 @@ from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.transforms.ceilings import COMPUTE, FUSIBLE, bounded, roofline
+from kernel_pytorch.transforms.cuda_graph import Unrecordable
 from kernel_pytorch.transforms.graph_report import Watched
 from kernel_pytorch.transforms.plain_source import plain_source
 from kernel_pytorch.transforms.scoped import inside_settings
@@ -174,6 +175,10 @@ class Compile:
         refuse_untraceable(program, step)
         program.call = inside_settings(program.call, lambda inner: compiled(program, inner, step))
         program.dynamic = program.dynamic and dynamic
+        if mode in _CUDA_GRAPHS:
+            program.holds.append(Unrecordable(step, "it makes CUDA graphs of its own"))
+        if step.params.get("freezing", False):
+            program.holds.append(Unrecordable(step, "it looks at its weights at each call, which a replay skips"))
         return program
 
     def source(self, step: Step) -> str:

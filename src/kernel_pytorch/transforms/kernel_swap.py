@@ -3,7 +3,7 @@
 A module is matched by what it computes: it is run on random inputs beside the definition, with every order of casts
 that models use, and swapped only where the two agree. Which code a swapped `forward` runs depends on its input: on a
 GPU in bfloat16, float16 or float32 the kernel; in fp64 and on the CPU the definition, so the structure gate judges the
-same formula; under autocast and where input and weight differ in dtype, the norms run the module's own code.
+same formula; norms whose input and weight differ in dtype, or are narrow under autocast, run the module's own code.
 
 `forward` is set on the instance, for Dynamo does not look into the slot of `nn.Module.compile` of an inner module.
 Pickling drops it; `copy.deepcopy` binds it to the copy.
@@ -145,13 +145,17 @@ def fused_forward(
         eps = options["eps"]
 
         def forward(self: Any, x: torch.Tensor) -> Any:
-            mixed = x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type)
+            # Under autocast PyTorch's own norms compute in float32 and return it.
+            narrow = x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type)
+            mixed = x.dtype != self.weight.dtype or narrow
             return plain(self, x) if mixed else kernel(x, self.weight, self.bias, eps)
 
     else:
 
         def forward(self: Any, x: torch.Tensor) -> Any:
-            mixed = x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type)
+            # Under autocast PyTorch's own norms compute in float32 and return it.
+            narrow = x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type)
+            mixed = x.dtype != self.weight.dtype or narrow
             return plain(self, x) if mixed else kernel(x, self.weight, **options)
 
     return types.MethodType(forward, module)
@@ -192,6 +196,7 @@ class KernelSwap:
     numerics = Numerics.REORDERED
     modes = frozenset({Mode.INFERENCE, Mode.TRAINING})
     compiles = False
+    compile_fuses = True
 
     def probe(self, device: DeviceSpec) -> Skip | None:
         """The kernels are written in Triton, for NVIDIA and AMD GPUs."""

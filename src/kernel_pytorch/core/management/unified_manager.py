@@ -84,7 +84,8 @@ class UnifiedManager:
             if jobs.why_not_isolated:
                 say(Event("note", f"trials run in this process: {jobs.why_not_isolated}"))
             journal = store.append if store else (lambda _: None)
-            search = Search(jobs, proposals, prediction, self.config, say, journal, finished, started)
+            artifacts = str(store.artifacts) if store else ""
+            search = Search(jobs, proposals, prediction, self.config, say, journal, finished, artifacts, started)
             outcome = search.run()
             if state_digest(bench.model) != digest:
                 raise ModelError("the search changed the model it was given: this is a bug, please report it")
@@ -102,7 +103,9 @@ class UnifiedManager:
                 command=command,
                 search_seconds=time.monotonic() - started,
             )
-            result = Result(plan, workload.model(), dict(bench.calls), self.config, self.transforms)
+            result = Result(
+                plan, self.hardware_manager.place(workload.model()), dict(bench.calls), self.config, self.transforms
+            )
             if store:
                 result.write(store)
             say(Event("chosen", plan.candidate.label, trial=plan.chosen))
