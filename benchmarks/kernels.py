@@ -62,7 +62,11 @@ class Clock:
 def all_cases(*, smoke: bool) -> list[Case]:
     found = cases(smoke=smoke)
     for path in sorted(Path(__file__).parent.glob("kernel_cases_*.py")):
-        module = importlib.import_module(path.stem)
+        try:
+            module = importlib.import_module(path.stem)
+        except Exception as error:
+            print(f"{path.name} is left out: {type(error).__name__}: {error}")
+            continue
         found += module.SMOKE_CASES if smoke and hasattr(module, "SMOKE_CASES") else [] if smoke else module.CASES
     return found
 
@@ -98,15 +102,24 @@ def errors_of(phases: Mapping[str, Callable[[], Any]], truth: Mapping[str, Any])
     return found
 
 
-def rounds(clock: Clock, calls: Mapping[Any, Callable[[], Any]], samples: int) -> dict[Any, list[float]]:
-    """Return the times of each call, taken in turn, in alternating order; two rounds go before."""
+def rounds(
+    clock: Clock, calls: Mapping[Any, Callable[[], Any]], samples: int
+) -> tuple[dict[Any, list[float]], dict[Any, str]]:
+    """Return the times of each call, taken in turn, in alternating order after two rounds, and why others have none."""
     times: dict[Any, list[float]] = {key: [] for key in calls}
+    failed: dict[Any, str] = {}
     for i in range(samples + 2):
         for key in calls if i % 2 else reversed(calls):
-            taken = clock.time_ms(calls[key])
+            if key in failed:
+                continue
+            try:
+                taken = clock.time_ms(calls[key])
+            except Exception as error:
+                failed[key] = f"{type(error).__name__}: {error}"[:300]
+                continue
             if i >= 2:
                 times[key].append(taken)
-    return times
+    return {key: t for key, t in times.items() if key not in failed}, failed
 
 
 def row(case: Case, variant: str, phase: str, **more: Any) -> dict[str, Any]:
@@ -146,7 +159,8 @@ def measure(case: Case, clock: Clock, device: torch.device, samples: int, copy: 
                 rows.append(row(case, variant, phase, failed=f"error {worst:.2e} > {case.tolerance:.0e}", **more))
     del truth
     for phase in case.bytes:
-        times = rounds(clock, {key: run for key, run in calls.items() if key[1] == phase}, samples)
+        times, failed = rounds(clock, {key: run for key, run in calls.items() if key[1] == phase}, samples)
+        rows += [row(case, key[0], phase, failed=why) for key, why in failed.items()]
         rows += [row(case, key[0], phase, **errors[key], **timed(case, phase, t, copy)) for key, t in times.items()]
     return rows
 
@@ -170,7 +184,8 @@ def tune(case: Case, clock: Clock, device: torch.device, samples: int, copy: flo
                     rows.append(row(case, name, phase, failed=f"{type(error).__name__}: {error}"[:200]))
                     continue
                 calls[name] = run
-        times = rounds(clock, calls, samples) if calls else {}
+        times, failed = rounds(clock, calls, samples)
+        rows += [row(case, name, phase, failed=why) for name, why in failed.items()]
         rows += [row(case, name, phase, **timed(case, phase, t, copy)) for name, t in times.items()]
     return rows
 
@@ -183,8 +198,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     for name in ("triton", "liger_kernel", "quack"):
         try:
             versions[name] = str(getattr(importlib.import_module(name), "__version__", "installed"))
-        except ImportError as error:
-            versions[name] = f"absent: {error}"
+        except Exception as error:
+            versions[name] = f"absent: {type(error).__name__}: {error}"[:200]
     name = "cuda" if device.type == "cuda" else "cpu"
     return {
         "device": dataclasses.asdict(detect(name)),

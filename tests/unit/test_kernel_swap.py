@@ -249,3 +249,17 @@ def test_it_is_for_gpus_that_triton_supports() -> None:
     assert swap.ceiling(ALL, nothing, gpu) == float("inf")
     for op in ("all", *ops):
         compile(swap.source(Step("kernel_swap", {"op": op})), "source", "exec")
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype:UserWarning")
+def test_autocast_gives_the_dtypes_it_gave() -> None:
+    torch.manual_seed(0)
+    original = Net().eval()
+    model, x = clone_model(original), torch.randn(3, 16)
+    KernelSwap().apply(begin(model, Mode.INFERENCE, {"main": Call((x,))}), ALL)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for name in ("first", "second", "third", "norm", "mlp"):
+            for given in (x, x.bfloat16()):
+                want, got = getattr(original, name)(given), getattr(model, name)(given)
+                assert got.dtype == want.dtype, (name, given.dtype)
+                assert (got.float() - want.float()).norm() / want.float().norm() < 1e-2
