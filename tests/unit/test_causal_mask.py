@@ -11,14 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernel_pytorch.backends import manager_for
+from kernel_pytorch.core.config import KernelPyTorchConfig
 from kernel_pytorch.core.program import begin, clone_model, restore, ship, state_digest
 from kernel_pytorch.core.protocols import Program
-from kernel_pytorch.core.types import Mode, Step
-from kernel_pytorch.core.workload import Call
+from kernel_pytorch.core.types import Candidate, Gate, Mode, Step
+from kernel_pytorch.core.workload import Call, Workload
 from kernel_pytorch.errors import CandidateError
+from kernel_pytorch.search.bench import build, prepare_bench
 from kernel_pytorch.transforms.attention_calls import using
 from kernel_pytorch.transforms.causal_mask import CausalMask
 from kernel_pytorch.transforms.regional_compile import RegionalCompile
+from kernel_pytorch.validation.numerics import judge
+from kernel_pytorch.validation.subject import Subject
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*_stable_hash_for_caching:UserWarning"),
@@ -449,3 +454,31 @@ def test_other_threads_keep_their_masks() -> None:
     program.call(tokens())
     handle.remove()
     assert seen == [False]
+
+
+@pytest.mark.parametrize("steps", [(STEP,), (STEP, Step("compile", {"mode": "default"}))], ids=str)
+@pytest.mark.parametrize("mode", list(Mode))
+def test_the_validator_finds_nothing_wrong(steps: tuple[Step, ...], mode: Mode) -> None:
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model(batch).flatten(0, 1), batch.flatten())
+
+    training = {"loss": loss, "optimizer": lambda p: torch.optim.SGD(p, 1e-2)} if mode is Mode.TRAINING else {}
+    workload = Workload(model=lambda: made(lambda: GPT("buffer")), inputs=lambda seed: tokens(4, seed=seed), **training)
+    config = KernelPyTorchConfig(mode=mode)
+    bench = prepare_bench(workload, config, manager_for("cpu"), seed=0)
+    program = build(bench, clone_model(bench.model), Candidate(steps))
+    PROGRAMS.append(program)
+    ship(program, bench.model)
+    subject = Subject(
+        workload=bench.workload,
+        candidate=Candidate(steps),
+        config=config,
+        reference=bench.model,
+        program=program,
+        build=lambda model, candidate, calls: build(bench, model, candidate, calls),
+        place=bench.manager.place,
+        structural=lambda _: True,
+    )
+    report = judge(subject, level="standard")
+    assert report.passed, [c for c in report.checks if not c.passed]
+    assert [c for c in report.checks if c.gate is Gate.STRUCTURE], report
