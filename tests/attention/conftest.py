@@ -1,13 +1,12 @@
 import pytest
 
-from kernel_pytorch.attention import api, probe
+from kernel_pytorch.attention import api
 
 
 @pytest.fixture(autouse=True)
 def fresh_choices(tmp_path, monkeypatch):
     """Keep choices of each test to itself."""
     monkeypatch.setenv("KERNEL_PYTORCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(probe, "_known", {})
     api.forget()
     yield
     api.forget()

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.attention
 
+from kernel_pytorch.attention import probe
 from kernel_pytorch.attention.probe import Case, indexed, make_case, unsupported
 from kernel_pytorch.attention.registry import implementations
 from kernel_pytorch.attention.timing import time_in_turns
@@ -60,6 +62,9 @@ def software(device: torch.device) -> dict[str, str]:
     for package in sorted({name for one in implementations().values() for name in one.packages}):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
+    active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    if active is not None:
+        versions["flash"] = str(active)
     return {"device": spec.name, **versions}
 
 
@@ -100,7 +105,8 @@ def known_choice(shape: AttentionShape, device: torch.device | str, *, backward:
 
 
 def forget() -> None:
-    """Forget what this process knows of choices; the files stay."""
+    """Forget what this process probed and chose; the files stay."""
+    probe.forget()
     _chosen.clear()
     _path.cache_clear()
 

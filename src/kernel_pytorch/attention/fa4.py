@@ -38,7 +38,10 @@ def missing() -> Skip | None:
     try:
         _interface()
     except Exception as error:  # noqa: BLE001 - a foreign package and its compiler: whatever it raises is the reason
-        return Skip(f"flash_attn.cute does not import: {type(error).__name__}: {error}", "pip check flash-attn-4")
+        return Skip(
+            f"flash_attn.cute does not import: {type(error).__name__}: {error}",
+            "pip check; or let torch import it: with attention.activated('FA4')",
+        )
     return None
 
 

@@ -89,7 +89,9 @@ def aligned(tensor: Tensor) -> Tensor:
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *problem, forward, _ = rest
     with torch.cuda.device_of(q):
-        return FORWARD[forward](aligned(q), aligned(k), aligned(v), Problem(*problem))
+        # Detached: DLPack, by which the packages take tensors, refuses those that require a gradient.
+        tensors = [aligned(tensor.detach()) for tensor in (q, k, v)]
+        return FORWARD[forward](*tensors, Problem(*problem))
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
@@ -104,7 +106,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, *_: Any)
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     lse, *problem, backward = rest
     with torch.cuda.device_of(q):
-        tensors = [aligned(tensor) for tensor in (grad, q, k, v, out)]
+        tensors = [aligned(tensor.detach()) for tensor in (grad, q, k, v, out)]
         dq, dk, dv = BACKWARD[backward](*tensors, lse, Problem(*problem))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 

@@ -137,6 +137,11 @@ def unsupported(impl: str, shape: AttentionShape, device: torch.device | str, *,
     return _known[key]
 
 
+def forget() -> None:
+    """Forget what was tried in this process."""
+    _known.clear()
+
+
 def does_not_fit(one: Implementation, shape: AttentionShape, device: torch.device, *, backward: bool) -> Skip | None:
     """Return why an implementation does not compute a canonical shape by its definition; runs nothing on the device."""
     if shape.packed and one.call_varlen is None:
