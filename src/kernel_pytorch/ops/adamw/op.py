@@ -85,6 +85,8 @@ class Tables:
 
     by_kind: dict[tuple[object, ...], _Table] = field(default_factory=dict)
     captured: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    checked: tuple[tuple[object, ...], object] = ((), None)
+    """What `api.step` has found fit, and the tensors, kept so that no other gets the identity of one."""
 
 
 def update(

@@ -223,19 +223,23 @@ class _Scalar(torch.autograd.Function):
         chunk: int,
         needs: list[bool],
     ) -> torch.Tensor:
-        losses, *grads = _linear_cross_entropy_op(hidden, weight, bias, labels, None, *options, mean, chunk, needs)
-        ctx.save_for_backward(*grads)
+        # Slopes over the number of rows would underflow in fp16, before a GradScaler's factor could save them.
+        late = mean and hidden.dtype is torch.float16
+        losses, *grads = _linear_cross_entropy_op(
+            hidden, weight, bias, labels, None, *options, mean and not late, chunk, needs
+        )
+        count = (labels != options[0]).sum() if mean else None
+        ctx.save_for_backward(*grads, count if late else None)
         ctx.needs, ctx.spent = needs, False
         total = losses.sum()
-        if not mean:
-            return total
-        return total / (labels != options[0]).sum()
+        return total if count is None else total / count
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        grads = ctx.saved_tensors
+        *grads, count = ctx.saved_tensors
+        factor = grad.to(torch.float32) if count is None else grad.to(torch.float32) / count
         if torch.compiler.is_compiling():
-            scaled = [(g * grad).to(g.dtype) if n else None for g, n in zip(grads, ctx.needs, strict=True)]
+            scaled = [(g * factor).to(g.dtype) if n else None for g, n in zip(grads, ctx.needs, strict=True)]
             return (*scaled, None, None, None, None, None)
         if ctx.spent:
             raise RuntimeError(
@@ -245,7 +249,6 @@ class _Scalar(torch.autograd.Function):
         ctx.spent = True
         from kernel_pytorch.ops.linear_cross_entropy import cross_entropy_kernel as kernel
 
-        factor = grad.to(torch.float32)
         for g, needed in zip(grads, ctx.needs, strict=True):
             if needed:
                 kernel.scale_(g, factor)
