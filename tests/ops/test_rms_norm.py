@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -23,6 +26,19 @@ CASES = [(shape, torch.float32) for shape in AWKWARD] + [
 
 def test_kernels_under_the_interpreter() -> None:
     run_interpreted(__file__)
+
+
+def test_without_triton_the_reason_is_told() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from kernel_pytorch.ops import gated_mlp, layer_norm, rms_norm, rope\n"
+        "x, w = torch.ones(2, 8), torch.ones(8)\n"
+        "print(rms_norm.rms_norm(x, w).shape, rms_norm.unsupported(x, w))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([2, 8]) Skip(reason='triton is not installed'" in done.stdout
 
 
 def test_the_definition_is_that_of_pytorch() -> None:
