@@ -18,7 +18,7 @@ from kernel_pytorch.core.types import Mode, Skip, Step
 from kernel_pytorch.core.workload import Call
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.transforms.attention import Attention
-from kernel_pytorch.transforms.attention_calls import observe
+from kernel_pytorch.transforms.attention_observe import observe
 from kernel_pytorch.transforms.causal_mask import CausalMask
 
 pytestmark = [

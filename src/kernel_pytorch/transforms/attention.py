@@ -15,7 +15,8 @@ from torch import nn
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
-from kernel_pytorch.transforms.attention_calls import Route, SdpaCall, always, fused_path_note, install, observe, using
+from kernel_pytorch.transforms.attention_calls import Route, always, install, using
+from kernel_pytorch.transforms.attention_observe import SdpaCall, fused_path_note, observe
 from kernel_pytorch.transforms.ceilings import COMPUTE, FUSIBLE, bounded
 from kernel_pytorch.transforms.plain_source import plain_source
 from kernel_pytorch.transforms.scoped import Scoped, scoped

@@ -26,17 +26,15 @@ from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.transforms.attention_calls import (
-    Observation,
     Using,
     detour,
-    fused_path_note,
     install,
-    observe,
     rerouted,
     routes_by_thread,
     using,
     with_globals,
 )
+from kernel_pytorch.transforms.attention_observe import Observation, fused_path_note, observe
 from kernel_pytorch.transforms.ceilings import bounded
 from kernel_pytorch.transforms.plain_source import plain_source
 
@@ -232,7 +230,7 @@ class CausalMask:
             switch,
             by_name,
         )
-        return plain_source(*functions, then=_THEN.format(name=_NAME, plain=_PLAIN))
+        return plain_source(*functions, then=_THEN.format(name=f"{_NAME}_ejected", plain=_PLAIN))
 
 
 _THEN = """
