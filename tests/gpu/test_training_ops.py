@@ -162,7 +162,7 @@ def test_a_first_step_in_a_cuda_graph_is_refused() -> None:
     adamw.step(mine[0], grads, *mine[1:], impl="triton")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="one step before"), torch.cuda.graph(graph):
+    with pytest.raises(RuntimeError, match="one step before"), torch.cuda.graph(graph):  # noqa: PT012
         grads[0].mul_(1.0)  # an empty graph would warn
         adamw.step(mine[0], grads, *mine[1:], impl="triton")
 
