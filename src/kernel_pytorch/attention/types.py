@@ -155,7 +155,7 @@ Fits = Callable[..., Skip | None]
 """`(shape, device, *, backward)`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: Dynamo reads `call` while it traces
 class Implementation:
     """One way to compute attention.
 
