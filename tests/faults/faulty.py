@@ -162,7 +162,7 @@ FAULTS: tuple[Faulty, ...] = (
         "drift",
         "error growing over the steps of the loss curve",
         state.drift,
-        ((T, "loss|step|param|curve"),),
+        ((T, "loss|step|param|curve|update"),),
         modes=TRAINING,
     ),
     Faulty("softmax_scale", "softmax scale off by 1 %", values.softmax_scale, NUMBERS),

@@ -113,9 +113,14 @@ def test_a_model_that_needs_its_blocks_keeps_them():
 
 def test_blocks_come_back_where_the_body_raises():
     model = Deep()
-    with pytest.raises(RuntimeError, match="inside"), short_blocks(model):
-        assert len(model.blocks) == 2
-        raise RuntimeError("inside")
+
+    def body() -> None:
+        with short_blocks(model):
+            assert len(model.blocks) == 2
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        body()
     assert len(model.blocks) == 6
 
 

@@ -234,6 +234,16 @@ def test_prepare_keeps_the_parameters_and_restore_undoes_everything():
     assert step(model, optimizer) == step(twin, twin_optimizer)
 
 
+def test_a_copy_without_an_optimizer_gets_the_other_steps_and_says_so(caplog):
+    model, _, made = training(AUTOCAST, FUSED)
+    with caplog.at_level(logging.WARNING):
+        copy_of_it = apply(made, model)
+    assert "fused_optimizer" in caplog.text
+    assert "kp.prepare" in caplog.text
+    low, full = (net(X)["out"] for net in (copy_of_it, model))
+    assert not torch.equal(low, full)
+
+
 def test_a_training_loop_may_evaluate():
     model, optimizer, made = training(AUTOCAST)
     prepare(model, optimizer, plan=made)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kernel_pytorch.catalog import TRANSFORMS, apply_candidate
 from kernel_pytorch.core.describe import fingerprint
 from kernel_pytorch.core.program import begin, call_counts, clone_model, ship
-from kernel_pytorch.core.types import DeviceSpec, Mode, Plan
+from kernel_pytorch.core.types import Candidate, DeviceSpec, Mode, Plan
 from kernel_pytorch.core.workload import Call, as_call
 from kernel_pytorch.errors import CandidateError, KptError, ModelError, PlanError
 from kernel_pytorch.hardware import detect
@@ -43,8 +43,9 @@ def apply(
     """Return a copy of a model that runs as the plan says; the model itself is not modified.
 
     The copy is of the same class with the same `state_dict` keys, in eval mode for an inference plan and in train
-    mode for a training plan. Calls outside the plan (another mode, gradients where there were none, shapes that a
-    step specialised on) run the unmodified model and are counted: `call_counts(model)`.
+    mode for a training plan, of which it gets what concerns the model: steps that change an optimizer are left to
+    `prepare`, and a warning says so. Calls outside the plan (another mode, gradients where there were none, shapes that
+    a step specialised on) run the unmodified model and are counted: `call_counts(model)`.
 
     Args:
         plan: A plan, its file, or the directory of its search.
@@ -72,7 +73,7 @@ def apply(
     program = begin(copy, plan.workload.mode, _calls(plan, inputs))
     program.artifact_dir, program.trust_artifacts = deploy_to or artifacts, trust_artifacts
     load_compiled(program, device)
-    program = apply_candidate(program, plan.candidate, transforms)
+    program = apply_candidate(program, _without_optimizer(program, plan.candidate, transforms), transforms)
     fallback = model if plan.candidate.steps else copy
     program.holds.append(fallback)
     return ship(program, fallback if outside == "original" else None, _signatures(plan))
@@ -130,6 +131,17 @@ def prepare(
             undo.pop()()
         raise
     return ship(program, model), program.optimizer
+
+
+def _without_optimizer(program: Program, candidate: Candidate, transforms: Sequence[Transform]) -> Candidate:
+    """Return a candidate less the steps that change an optimizer, which a model alone has not; say which."""
+    groups = {t.name: t.group for t in transforms}
+    left = tuple(s for s in candidate.steps if groups.get(s.transform) == "optimizer")
+    if left:
+        names = ", ".join(map(str, left))
+        program.notes.append(f"not applied, for it needs the optimizer (kp.prepare(model, optimizer, ...)): {names}")
+        log.warning("%s", program.notes[-1])
+    return Candidate(tuple(s for s in candidate.steps if s not in left))
 
 
 def load_compiled(program: Program, device: DeviceSpec) -> None:

@@ -7,15 +7,10 @@ implementation chosen for this shape alone.
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 from typing import Any
 
-import torch
-from torch import nn
-
-from kernel_pytorch.core.describe import make_optimizer
 from kernel_pytorch.core.program import clone_call, clone_model
 from kernel_pytorch.core.types import Check, Gate, Mode, NumericsReport
 from kernel_pytorch.validation.compare import compare_values, flatten, structure_checks, tensor_error
@@ -23,6 +18,7 @@ from kernel_pytorch.validation.contract import module_checks
 from kernel_pytorch.validation.gradients import Gradients, gradient_checks, gradients_of
 from kernel_pytorch.validation.oracle import batch_calls, loss_of
 from kernel_pytorch.validation.subject import Subject, attempt, run
+from kernel_pytorch.validation.updates import update_check
 from kernel_pytorch.validation.vary import nudged
 
 __all__ = ["full_size_checks"]
@@ -30,8 +26,6 @@ __all__ = ["full_size_checks"]
 _TWO_ROUNDINGS = 4.0
 """Both sides round, and a deep model rounds more often than its stand-in of two blocks."""
 _LEAST = 0.05
-_UPDATE = 5e-2
-"""Error of one optimizer step fed the same gradients: a reordered update in bf16 differs in last bits of the weight."""
 _LOSS = 2e-2
 
 
@@ -89,7 +83,8 @@ def _training(subject: Subject, short: NumericsReport, case: str, batch: Any) ->
     )
     del got
     if all(c.passed for c in checks):
-        checks.append(_update(subject, want, case))
+        found = update_check(subject, program, want, steps=1, name="update at full size", case=case)
+        checks += [found] if found else []
     return checks
 
 
@@ -111,37 +106,3 @@ def _typical(short: NumericsReport) -> float:
     """Return the median error of the stand-in's gradients against fp64."""
     errors = [c.error for c in short.checks if c.gate is Gate.TRAINING and c.name.startswith("grad ")]
     return statistics.median(errors) if errors else 0.0
-
-
-def _update(subject: Subject, gradients: Gradients, case: str) -> Check:
-    """Compare one step of both optimizers fed the same gradients; parameters and optimizer are put back."""
-    plain = clone_model(subject.reference)
-    error, worst, where = _stepped(plain, make_optimizer(subject.workload, plain.parameters()), gradients), 0.0, ""
-    program = subject.program
-    held = [p.detach().clone() for p in program.model.parameters()]
-    optimizer = program.optimizer
-    assert optimizer is not None
-    state = copy.deepcopy(optimizer.state_dict())
-    error = error or _stepped(program.model, optimizer, gradients)
-    with torch.no_grad():
-        pairs = zip(program.model.named_parameters(), plain.parameters(), held, strict=True)
-        for (name, mine), theirs, before in pairs:
-            moved = theirs - before
-            if not error and bool(moved.any()):
-                off = tensor_error((mine - before).flatten(), moved.flatten()).row
-                worst, where = (off, name) if not off <= worst else (worst, where)
-            mine.copy_(before)
-    optimizer.load_state_dict(state)
-    if error:
-        return Check("update at full size", Gate.TRAINING, math.inf, 0.0, f"the optimizer raises {error}", case)
-    detail = f"moves {where} by other amounts ({worst:.2g})" if not worst <= _UPDATE else ""
-    return Check("update at full size", Gate.TRAINING, worst, _UPDATE, detail, case)
-
-
-def _stepped(model: nn.Module, optimizer: torch.optim.Optimizer, gradients: Gradients) -> str:
-    for name, parameter in model.named_parameters():
-        mine = gradients.by_name.get(name)
-        parameter.grad = None if mine is None else mine.clone()
-    _, error = attempt(optimizer.step)
-    optimizer.zero_grad(set_to_none=True)
-    return error

@@ -25,6 +25,7 @@ from kernel_pytorch.validation.lift import lift_tree, lifted, lifted_model
 from kernel_pytorch.validation.oracle import Oracle, loss_of
 from kernel_pytorch.validation.precision import declared_dtype
 from kernel_pytorch.validation.subject import Subject, attempt, routed, seeded
+from kernel_pytorch.validation.updates import OTHER_FORMAT, update_check
 from kernel_pytorch.validation.vary import nudged, zero_dropout
 
 __all__ = ["training_checks"]
@@ -32,6 +33,7 @@ __all__ = ["training_checks"]
 _STEPS = {"quick": 0, "standard": 8, "strict": 16}
 _REORDERED = 20.0
 _CAST = 3.0
+_UPDATES = 4
 _SPREAD = 20.0
 _NARROW_CURVE = 1e-3
 """What 16-bit activations alone, rounded in another order, move a loss by: 1.5e-4 between two attentions."""
@@ -57,6 +59,8 @@ def training_checks(subject: Subject, oracle: Oracle, level: str, low: list[Step
             return [Check("gradients", Gate.TRAINING, math.inf, 0.0, f"the steps do not apply: {error}")]
         routed(program)
     checks = _gradients(subject, oracle, low, program)
+    if all(c.passed for c in checks) and _STEPS[level]:
+        checks += _update(subject, oracle)
     if all(c.passed for c in checks) and _STEPS[level]:
         checks += _curve(subject, oracle, _STEPS[level], low, subject.program)
     if drew and all(c.passed for c in checks) and _STEPS[level]:
@@ -111,6 +115,16 @@ def _gradients(subject: Subject, oracle: Oracle, low: list[Step], program: Progr
         got, kept, gate=Gate.TRAINING, floor=1e-7, budget=subject.config.max_error, budgets=budgets, whole=True,
         case=case,
     )  # fmt: skip
+
+
+def _update(subject: Subject, oracle: Oracle) -> list[Check]:
+    case = next(iter(subject.workload.cases))
+    given = gradients_of(_reference(oracle), loss_of(subject.workload), oracle.batch(case, 0), subject.config.seed)
+    found = update_check(subject, subject.program, given, steps=_UPDATES, name="update", case=case)
+    if found is None:
+        oracle.unchecked.append(OTHER_FORMAT)
+        return []
+    return [found]
 
 
 def _budgets(

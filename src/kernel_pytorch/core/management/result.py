@@ -11,7 +11,7 @@ from torch import nn
 from kernel_pytorch.catalog import TRANSFORMS
 from kernel_pytorch.core.config import KernelPyTorchConfig
 from kernel_pytorch.core.protocols import Transform
-from kernel_pytorch.core.types import Plan
+from kernel_pytorch.core.types import Mode, Plan
 from kernel_pytorch.core.workload import Call
 from kernel_pytorch.plan.apply import apply
 from kernel_pytorch.plan.store import SearchDirectory
@@ -67,7 +67,7 @@ class Result:
     def write(self, store: SearchDirectory) -> None:
         """Write the same into a directory that is held already."""
         store.write_plan(self.plan)
-        if self.plan.candidate.steps:
+        if self.plan.candidate.steps and self.plan.workload.mode is Mode.INFERENCE:  # what trains is not deployed
             self._apply(store.make_artifacts())
             if not any(store.artifacts.iterdir()):
                 store.artifacts.rmdir()
