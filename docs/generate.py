@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,13 @@ a candidate. `exact` and `reordered` steps are judged at high precision; `lower_
 ships, within the budget. Whether one can run on your machine, and what would enable it: `kpt detect`.
 
 This page is generated from `catalog.py` by `make docs`.
+"""
+HOPPER = DOCS.parent / "benchmarks" / "results" / "nvidia-sm_90-1"
+VARIANTS = ("ours", "compile", "liger", "eager")
+HOPPER_INTRODUCTION = """# Measured on Hopper
+
+One NVIDIA H200 (sm_90), bf16. This page is generated from the artefacts under `benchmarks/results/nvidia-sm_90-1/` by
+`make docs`; they hold the raw samples and the environment. What is not here has not been measured on a GPU.
 """
 INDEX = """# Documentation
 
@@ -35,6 +43,45 @@ def transforms() -> str:
     return INTRODUCTION + "\n" + "\n".join(rows) + "\n"
 
 
+def hopper() -> str:
+    """Return the page of what was measured on a Hopper GPU, from the artefacts under `benchmarks/results/`."""
+    kernels = json.loads((HOPPER / "kernels.json").read_text(encoding="utf-8"))
+    search = json.loads((HOPPER / "llama_train.json").read_text(encoding="utf-8"))
+    peers = json.loads((HOPPER / "llama_step_peers.json").read_text(encoding="utf-8"))
+    page = [HOPPER_INTRODUCTION, "## A training step", "", peers["job"] + ".", ""]
+    page += ["| variant | ms a step | over unmodified | peak GiB |", "|---|---|---|---|"]
+    base = peers["variants"]["eager"]["ms"]
+    for name, found in peers["variants"].items():
+        page.append(f"| {name} | {found['ms']:.1f} | {base / found['ms']:.2f}x | {found['peak_gib']:.1f} |")
+    ratio = search["chosen"]["measurement"]["ratio"]
+    steps = ", ".join(step["transform"] for step in search["chosen"]["candidate"]["steps"])
+    page += [
+        "",
+        f"`ours` is the plan that `kpt optimize` wrote for the stock model in {search['search_seconds']:.0f} s,",
+        f"applied ({steps}); the search's own fresh samples say",
+        f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}].",
+        "`compile_causal` is the best that was found by hand: `torch.compile`, and attention told that it is causal.",
+        "",
+        "## Fused kernels",
+        "",
+        "GPU time from a cold L2 cache; share of what large copies reach",
+        f"({kernels['copy']['bytes_per_s'] / 1e12:.2f} TB/s, counting bytes read and written), of the least bytes the",
+        "operation moves. `compile` is `torch.compile` of the definition. Results are held against fp64 before they",
+        "are timed.",
+        "",
+        "| operation | shape | | " + " | ".join(VARIANTS) + " |",
+        "|---" * (3 + len(VARIANTS)) + "|",
+    ]
+    table: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in kernels["rows"]:
+        if "median_ms" in row:
+            cell = f"{row['median_ms']:.3f} ms, {row['of_copy']:.0%}"
+            table.setdefault((row["op"], row["case"], row["phase"]), {})[row["variant"]] = cell
+    for (op, case, phase), cells in sorted(table.items()):
+        page.append(f"| `{op}` | {case} | {phase} | " + " | ".join(cells.get(v, "") for v in VARIANTS) + " |")
+    return "\n".join(page) + "\n"
+
+
 def index(pages: dict[str, str]) -> str:
     """Return the list of the pages beside it, each by its own title.
 
@@ -54,7 +101,12 @@ def generated() -> dict[str, str]:
     """Return the text of every generated page by file name."""
     pages = {path.name: path.read_text(encoding="utf-8") for path in DOCS.glob("*.md") if path.name != "README.md"}
     pages["transforms.md"] = transforms()
-    return {"transforms.md": pages["transforms.md"], "README.md": index(pages)}
+    pages["measured-on-hopper.md"] = hopper()
+    return {
+        "transforms.md": pages["transforms.md"],
+        "measured-on-hopper.md": pages["measured-on-hopper.md"],
+        "README.md": index(pages),
+    }
 
 
 def main() -> None:

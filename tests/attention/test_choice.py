@@ -124,6 +124,15 @@ def test_a_new_version_is_measured_again(only, monkeypatch):
     assert not choose(SHAPE, "cpu", backward=False).measured
 
 
+def test_a_package_that_is_mended_is_tried_again(only):
+    broken = fake("fast", attend, fits=lambda *_, **__: Skip("fast does not import: OSError: libfast.so"))
+    only(broken, fake("slow", slow))
+    assert choose(SHAPE, "cpu", backward=False).impl == "slow"
+    api.forget()
+    only(fake("fast", attend), fake("slow", slow))
+    assert choose(SHAPE, "cpu", backward=False).impl == "fast"
+
+
 def test_a_stored_choice_that_is_gone_is_measured_again(only):
     only(fake("slow", slow), fake("gone", attend))
     assert choose(SHAPE, "cpu", backward=False).impl == "gone"

@@ -157,3 +157,14 @@ def test_variations_change_values_batch_and_length_together():
         assert varied.kwargs["flag"] is True
     assert not torch.equal(redrawn(call, 1).kwargs["input_ids"], ids)
     assert torch.equal(resized(call, batch=2).kwargs["input_ids"], ids[:2])
+
+
+def test_other_weights_are_located_too(pair):
+    _, reference = pair
+    candidate = Net().eval()
+    candidate.load_state_dict(reference.state_dict())
+    with torch.no_grad():
+        candidate.second.weight *= 1.1
+    report = UnifiedValidator().validate(candidate, reference, torch.randn(6, 8), level="quick")
+    assert not report.passed
+    assert report.diverged_at == "second"

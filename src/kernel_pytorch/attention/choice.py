@@ -28,7 +28,7 @@ from kernel_pytorch.attention import probe
 from kernel_pytorch.attention.probe import Case, indexed, make_case, unsupported
 from kernel_pytorch.attention.registry import implementations
 from kernel_pytorch.attention.timing import time_in_turns
-from kernel_pytorch.attention.types import AttentionError, AttentionShape, Choice, Implementation
+from kernel_pytorch.attention.types import BROKEN, AttentionError, AttentionShape, Choice, Implementation
 from kernel_pytorch.backends import manager_for
 from kernel_pytorch.core.types import Skip
 from kernel_pytorch.hardware import detect
@@ -88,7 +88,8 @@ def choose(shape: AttentionShape, device: torch.device | str, *, backward: bool)
     if found is None:
         found = _measure(shape, device, backward=backward)
         _chosen[_key(shape, device, backward=backward)] = replace(found, measured=False)
-        _store(device, _entry(shape, backward=backward), found)
+        if not any(BROKEN in skip.reason for skip in found.skipped.values()):  # who mends the package wants it tried
+            _store(device, _entry(shape, backward=backward), found)
     return found
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from kernel_pytorch.attention import cudnn, fa4, flash_op
 from kernel_pytorch.attention.applies import first, gpu_capability, plain_heads
 from kernel_pytorch.attention.flash_op import Problem
-from kernel_pytorch.attention.types import AttentionShape, Implementation
+from kernel_pytorch.attention.types import BROKEN, AttentionShape, Implementation
 from kernel_pytorch.core.types import Numerics, Skip
 
 __all__ = ["IMPLEMENTATIONS", "PACKAGES", "fits", "missing"]
@@ -40,7 +40,7 @@ def missing() -> Skip | None:
     try:
         importlib.import_module("flash_attn_interface")
     except Exception as error:  # noqa: BLE001 - a foreign binary: whatever it raises is the reason
-        return Skip(f"flash_attn_interface does not import: {type(error).__name__}: {error}", fix)
+        return Skip(f"flash_attn_interface {BROKEN}: {type(error).__name__}: {error}", fix)
     return None
 
 

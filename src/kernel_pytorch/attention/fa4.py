@@ -18,7 +18,7 @@ from torch import Tensor
 from kernel_pytorch.attention import flash_op
 from kernel_pytorch.attention.applies import first, gpu_capability, plain_heads
 from kernel_pytorch.attention.flash_op import Problem
-from kernel_pytorch.attention.types import AttentionShape, Implementation
+from kernel_pytorch.attention.types import BROKEN, AttentionShape, Implementation
 from kernel_pytorch.core.types import Skip
 
 __all__ = ["IMPLEMENTATION", "PACKAGES", "fits", "missing"]
@@ -39,7 +39,7 @@ def missing() -> Skip | None:
         _interface()
     except Exception as error:  # noqa: BLE001 - a foreign package and its compiler: whatever it raises is the reason
         return Skip(
-            f"flash_attn.cute does not import: {type(error).__name__}: {error}",
+            f"flash_attn.cute {BROKEN}: {type(error).__name__}: {error}",
             "pip check; or let torch import it: with attention.activated('FA4')",
         )
     return None

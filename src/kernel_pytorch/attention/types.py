@@ -181,6 +181,10 @@ class Implementation:
     packages: tuple[str, ...] = ()
 
 
+BROKEN = "does not import"
+"""Part of the reason of an implementation whose package is installed and broken."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Which implementation is fastest, and what was measured.

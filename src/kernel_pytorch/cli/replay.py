@@ -149,7 +149,7 @@ def validate(
         from kernel_pytorch.core.config import KernelPyTorchConfig
         from kernel_pytorch.core.targets import load_target
         from kernel_pytorch.plan.schema import plain
-        from kernel_pytorch.validation.unified_validator import UnifiedValidator, first_divergence
+        from kernel_pytorch.validation.unified_validator import UnifiedValidator
 
         config = KernelPyTorchConfig(max_error=max_error, seed=seed)
         models = []
@@ -163,9 +163,6 @@ def validate(
             name: validator.validate(candidate, reference, first.call(name, seed), level=level) for name in first.cases
         }
         report = _function_only(_merged(reports))
-        if not report.passed and not report.diverged_at:
-            found = (first_divergence(candidate, reference, first.call(n, seed), tolerance=max_error) for n in reports)
-            report = replace(report, diverged_at=next(filter(None, found), ""))
 
     def data() -> dict[str, Any]:
         return {

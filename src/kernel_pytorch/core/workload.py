@@ -97,9 +97,12 @@ class Workload:
         factory = self.cases[case].inputs
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            parameters = inspect.signature(factory).parameters
+            if "seed" in parameters and parameters["seed"].kind is inspect.Parameter.KEYWORD_ONLY:
+                return factory(seed=seed)
             takes_seed = any(
                 p.default is p.empty or p.name == "seed"
-                for p in inspect.signature(factory).parameters.values()
+                for p in parameters.values()
                 if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
             )
             return factory(seed) if takes_seed else factory()

@@ -212,7 +212,8 @@ def _trials(plan: Plan, *, wide: bool) -> Table:
     table = _table(*columns, right=tuple(range(2, len(columns))))
     for trial in reading.rank(plan):
         chosen = trial.candidate == plan.candidate
-        label = Text(reading.short(trial.candidate), style="bold green" if chosen else "")
+        again = " beside itself" if trial.measurement and not trial.candidate.steps else ""
+        label = Text(reading.short(trial.candidate) + again, style="bold green" if chosen else "")
         cells = _cells(trial)
         _fill(table, "*" if chosen else "", label, *(cells if wide else cells[:-1]))
     return table

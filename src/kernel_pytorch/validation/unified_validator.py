@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,8 @@ from kernel_pytorch.validation.vary import zero_dropout
 
 __all__ = ["PerformanceVerdict", "UnifiedValidator", "first_divergence"]
 
+_SAME = 1e-4
+"""Relative error of a layer's worst row that parts two models of one precision."""
 _LOW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -53,6 +55,9 @@ class UnifiedValidator:
             reference: What it must equal.
             inputs: Example inputs, as `kernel_pytorch.optimize` takes them.
             level: `quick`, `standard` or `strict`.
+
+        Returns:
+            The report; where it did not pass, `diverged_at` names the first layer that parts, if one does.
         """
         workload = as_workload((reference, inputs))
         calls = {"main": workload.call("main", 0)}
@@ -61,7 +66,7 @@ class UnifiedValidator:
         low = None if dtype is None or dtype is _main_dtype(reference) else _LOW.get(dtype)
         if low:
             steps.append(Step("dtype", {"to": low}))
-        return judge(
+        report = judge(
             Subject(
                 workload=workload, candidate=Candidate(tuple(steps)), config=self.config, reference=reference,
                 program=begin(clone_model(candidate), self.config.mode, calls),
@@ -70,6 +75,10 @@ class UnifiedValidator:
             ),
             level=level,
         )  # fmt: skip
+        if report.passed or report.diverged_at:
+            return report
+        tolerance = self.config.max_error if low else _SAME
+        return replace(report, diverged_at=first_divergence(candidate, reference, calls["main"], tolerance=tolerance))
 
     def check_performance(
         self, candidate: nn.Module, reference: nn.Module, inputs: Any, *, max_slowdown: float = 0.03
@@ -106,7 +115,7 @@ class UnifiedValidator:
         return PerformanceVerdict(verdict, ratio, measured)
 
 
-def first_divergence(candidate: nn.Module, reference: nn.Module, call: Any, *, tolerance: float = 1e-4) -> str:
+def first_divergence(candidate: nn.Module, reference: nn.Module, call: Any, *, tolerance: float = _SAME) -> str:
     """Return the path of the first submodule whose output differs; empty where none does; neither is changed.
 
     Args:
