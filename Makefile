@@ -34,7 +34,8 @@ check: setup  ## lint, types and layers, without running anything
 	$(BIN)/lint-imports
 
 test: check  ## check, then every test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not serial" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m serial $(PYTEST_ARGS)
 
 demo: setup  ## optimise all-MiniLM-L6-v2 and write the report
 	$(BIN)/kpt optimize examples/minilm.py:workload -o $(DEMO_OUT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -48,9 +49,16 @@ def batch(rows: int, length: int, seed: int = 0) -> Call:
     return Call((), {"input_ids": ids, "attention_mask": mask, "scale": torch.full((16,), 2.0)})
 
 
-def apply(model: nn.Module, step: Step, **calls: Call) -> Any:
-    # The slow path of nn.TransformerEncoderLayer: the fast one drops masked tokens from the output.
+@pytest.fixture(autouse=True)
+def _slow_path() -> Iterator[None]:
+    """The slow path of nn.TransformerEncoderLayer: the fast one drops masked tokens from the output."""
+    before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+def apply(model: nn.Module, step: Step, **calls: Call) -> Any:
     program = begin(model.eval(), Mode.INFERENCE, calls)
     program.dynamic = False
     return Bucketing().apply(program, step)

@@ -484,7 +484,7 @@ def test_an_optimizer_that_drifts_over_the_steps_is_found():
 
     report = judged("", Change("drift", drift), workload=TRAINING["tied"], mode=Mode.TRAINING)
     assert gate_of(report) is Gate.TRAINING
-    assert report.worst.name == "loss curve"
+    assert report.worst.name == "update"
 
 
 def test_the_users_own_accuracy_is_the_budget_where_given():

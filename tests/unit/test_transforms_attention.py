@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,7 @@ def test_multihead_attention_goes_to_the_kernel(kernel: list[tuple[Any, ...]]) -
 
 def test_undone_everything_is_pytorchs_again(kernel: list[tuple[Any, ...]]) -> None:
     sdpa: Callable[..., Any] = torch._C._nn.scaled_dot_product_attention
+    gc.collect()  # programs of other tests that nobody undid
     one = Attention().apply(program_of(net(), Call((inputs(),))), FA4)
     two = Attention().apply(program_of(net(by_name=True), Call((inputs(),))), FA4)
     for program in (one, two):

@@ -258,7 +258,7 @@ def _route_kernels(program: Program, name: str) -> Program:
     if not kernels:
         why = [*refused, *(reason for _, reason in reasons if reason)]
         raise CandidateError(f"no attention call goes to {name}: {why[0]}")
-    program.undo.append(install(seen.places))
+    install(program, seen.places)
     program.call = always(program.call, using(to_kernels(kernels)))
     program.notes += [f"attention {k.heads}x{k.head_dim} runs by {k.eager}, compiled by {k.compiled}" for k in kernels]
     program.notes += [*_left_to_sdpa(reasons, refused), *fused_path_note(program)]

@@ -8,12 +8,15 @@ but torch 2.13 cannot trace `Tensor.unflatten` and its like under one, and it hi
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from kernel_pytorch.core.protocols import Program
 
 __all__ = [
     "DETOUR",
@@ -119,8 +122,8 @@ def using(route: Route) -> Using:
     return Using(_ROUTES, route)
 
 
-def install(places: Sequence[Place]) -> Callable[[], None]:
-    """Replace SDPA where models find it; return what puts it back once nobody needs it any more."""
+def install(program: Program, places: Sequence[Place]) -> None:
+    """Replace SDPA where models find it, until each step that did is undone or its model is gone."""
     functions = vars(nn.functional)
     swaps = [*((*place, SDPA, DETOUR) for place in places), (functions, HEADS.__name__, HEADS, _HEADS_BY_DETOUR)]
     with _lock:
@@ -135,7 +138,7 @@ def install(places: Sequence[Place]) -> Callable[[], None]:
                 if not _installed[id(namespace), name]:
                     namespace[name] = old
 
-    return remove
+    program.undo.append(weakref.finalize(program.model, remove))
 
 
 def pattern_of(value: Any) -> tuple[str, Any]:

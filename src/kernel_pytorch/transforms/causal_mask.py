@@ -203,7 +203,7 @@ class CausalMask:
         longest = seen.lengths[-1]
         if named and _try_registry(program, configs, seen, longest):
             return program
-        program.undo.append(install(seen.places))
+        install(program, seen.places)
         program.call = rerouted(program.call, using(unmasked(longest)), seen.patterns)
         left = [c for tracing in (False, True) for c in observe(program, tracing=tracing).masked]
         if left:

@@ -22,8 +22,7 @@ from kernel_pytorch.validation.vary import zero_dropout
 
 __all__ = ["PerformanceVerdict", "UnifiedValidator", "first_divergence"]
 
-_SAME = 1e-4
-"""Relative error of a layer's worst row that parts two models of one precision."""
+_SAME = 1e-4  # error of a layer's worst row that parts two models of one precision
 _LOW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -48,19 +47,15 @@ class UnifiedValidator:
         """Compare two modules; neither is changed.
 
         Where the `state_dict` keys and shapes of both agree, they are also compared in fp64 at perturbed parameters and
-        on varied inputs, so that what hides behind a bias of 0 is seen.
+        on varied inputs, so that what hides behind a bias of 0 is seen. `diverged_at` names the first layer that parts.
 
         Args:
             candidate: What to judge.
             reference: What it must equal.
             inputs: Example inputs, as `kernel_pytorch.optimize` takes them.
             level: `quick`, `standard` or `strict`.
-
-        Returns:
-            The report; where it did not pass, `diverged_at` names the first layer that parts, if one does.
         """
-        workload = as_workload((reference, inputs))
-        calls = {"main": workload.call("main", 0)}
+        calls = {"main": (workload := as_workload((reference, inputs))).call("main", 0)}
         steps = [Step("candidate")] if _same_state(candidate, reference) else []
         dtype = _main_dtype(candidate)
         low = None if dtype is None or dtype is _main_dtype(reference) else _LOW.get(dtype)
@@ -75,10 +70,9 @@ class UnifiedValidator:
             ),
             level=level,
         )  # fmt: skip
-        if report.passed or report.diverged_at:
-            return report
         tolerance = self.config.max_error if low else _SAME
-        return replace(report, diverged_at=first_divergence(candidate, reference, calls["main"], tolerance=tolerance))
+        parted = not report.passed and first_divergence(candidate, reference, calls["main"], tolerance=tolerance)
+        return replace(report, diverged_at=report.diverged_at or parted or "")
 
     def check_performance(
         self, candidate: nn.Module, reference: nn.Module, inputs: Any, *, max_slowdown: float = 0.03

@@ -54,8 +54,7 @@ def update_check(
         return None
     if _stepped(theirs, make_optimizer(subject.workload, theirs.parameters()), gradients, steps):
         return None  # it wants a closure, say: the loss curve judges it
-    optimizer = program.optimizer
-    assert optimizer is not None
+    optimizer = program.optimizer or make_optimizer(subject.workload, program.model.parameters())
     held = {n: p.detach().clone() for n, p in mine.items()}
     state = copy.deepcopy(optimizer.state_dict())
     with torch.no_grad():

@@ -1,0 +1,29 @@
+"""Which tests run alone: those that time something, fill the memory or the cores, or start whole searches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SERIAL = (
+    "attention/test_choice.py",
+    "browser",
+    "cli",
+    "contracts",
+    "gpu",
+    "search",
+    "test_examples.py",
+    "unit/test_hardware_lock.py",
+    "unit/test_hardware_memory.py",
+    "unit/test_isolation.py",
+    "unit/test_predict.py",
+    "unit/test_sampler.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(item.path.is_relative_to(HERE / place) for place in SERIAL):
+            item.add_marker(pytest.mark.serial)
