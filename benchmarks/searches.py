@@ -5,8 +5,9 @@
 
 Each search is `kpt optimize` in a process of its own. `OUT/searches/NAME.json` is its plan, `OUT/searches.json` has a
 row for each job. `over_compile` is the chosen candidate's speed-up over that of the best single `compile` step the same
-search measured: what the rest of the catalog adds to torch.compile. That step's figure is the best of a few screenings
-and so flattered, unless it was confirmed; the chosen one's is a confirmation on fresh samples.
+search measured: what the rest of the catalog adds to torch.compile; null where the search tried `compile` only with
+other steps. That step's figure is the best of a few screenings and so flattered, unless it was confirmed; the chosen
+one's is a confirmation on fresh samples.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def line(row: dict[str, Any]) -> str:
     used = "-" if None in memory else " > ".join(f"{b / 2**30:.1f}" for b in memory)
     counts = f"{row['tried']}/{row['wrong']}/{row['failed']}"
     return (
-        f"{head} {value:5.2f} [{low:.2f}, {high:.2f}] {over:>8s} {row['search_seconds']:6.0f} {counts:>9s} "
+        f"{head} {f'{value:.2f} [{low:.2f}, {high:.2f}]':>18s} {over:>8s} {row['search_seconds']:6.0f} {counts:>9s} "
         f"{used:>15s}  {row['chosen']}"
     )
 
@@ -187,7 +188,8 @@ def main() -> int:
         print(f"{name} ...", file=sys.stderr, flush=True)
         rows[name] = search(name, args.budget, timeout_s, args.exclude, args.output / "searches" / f"{name}.json")
         write(path, rows)
-    print(f"{'job':22s} speed-up [95 %]     over compile  s   tried/wrong/failed  GiB before > after  chosen")
+    columns = f"{'job':22s} {'speed-up [95 %]':>18s} {'/compile':>8s} {'s':>6s} {'t/w/f':>9s} {'GiB':>15s}  chosen"
+    print(f"t/w/f: candidates tried, wrong, failed; GiB: peak before > after\n{columns}")
     for name in names:
         if name in rows:
             print(line(rows[name]))

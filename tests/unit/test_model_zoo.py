@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from plan_factory import make_plan
 from torch import nn
 
 from kernel_pytorch.core.describe import make_optimizer, training_loss
@@ -95,6 +99,64 @@ def test_in_large_it_has_the_published_size(name: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(zoo, "_device", lambda: "meta")
     model = getattr(zoo, name)().model()
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(PARAMETERS[name], rel=0.01)
+
+
+def test_resnet_is_that_of_torchvision_where_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KPT_ZOO_TINY", raising=False)
+    monkeypatch.setattr(zoo, "_device", lambda: "cpu")
+    library, models = ModuleType("torchvision"), ModuleType("torchvision.models")
+    models.resnet50 = lambda num_classes: nn.Linear(4, num_classes)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchvision", library)
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    workload = zoo.resnet50_train()
+    assert workload.name.endswith("(torchvision)")
+    assert zoo.classify(workload.model(), (torch.randn(2, 4), torch.tensor([0, 1]))).ndim == 0
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    assert zoo.resnet50().name.endswith("(transformers)")
+
+
+def test_a_row_holds_the_chosen_one_against_the_best_compile_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "model_zoo", zoo)
+    searches = load("searches")
+    plan = make_plan()
+    alone = [t for t in plan.evidence if [s.transform for s in t.candidate.steps] == ["compile"] and t.measurement]
+    row = searches.outcome(plan)
+    assert alone
+    assert row["best_compile_speedup"][0] == max(t.measurement.ratio.value for t in alone if t.measurement)
+    assert row["over_compile"] == pytest.approx(row["speedup"][0] / row["best_compile_speedup"][0])
+    assert row["tried"] >= row["wrong"] + row["failed"] > 0
+    assert row["peak_bytes_before"] == 176 << 20
+    unlike = replace(plan, evidence=tuple(t for t in plan.evidence if t not in alone))
+    assert searches.outcome(unlike)["over_compile"] is None
+
+
+def test_a_search_that_fails_is_a_row_with_its_reason_and_is_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "model_zoo", zoo)
+    searches = load("searches")
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        ran.append(command)
+        if "speech" in command[4]:
+            raise subprocess.TimeoutExpired(command, 1.0, stderr=b"trying compile")
+        return subprocess.CompletedProcess(command, 1, "", "it broke")
+
+    monkeypatch.setattr(searches.subprocess, "run", run)
+    arguments = ["searches.py", "-o", str(tmp_path), "--budget", "5", "--only"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "gnn_train", "speech"])
+    assert searches.main() == 1
+    rows = {r["name"]: r for r in json.loads((tmp_path / "searches.json").read_text())["rows"]}
+    assert rows["gnn_train"]["status"] == "failed"
+    assert "it broke" in rows["gnn_train"]["reason"]
+    assert rows["gnn_train"]["mode"] == "training"
+    assert rows["speech"]["status"] == "hung"
+    assert "trying compile" in rows["speech"]["reason"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "gnn_train", "speech", "unet", "--deadline", "0"])
+    assert searches.main() == 1
+    assert len(ran) == 2
+    assert "not begun before the deadline: unet" in capsys.readouterr().out
 
 
 def test_every_job_names_a_factory_and_its_mode() -> None:
