@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,11 @@ SERIAL = (
     "unit/test_predict.py",
     "unit/test_sampler.py",
 )
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # What runs in the background of a shell ignores Ctrl-C, and so would the searches that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

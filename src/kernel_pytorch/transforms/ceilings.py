@@ -40,9 +40,12 @@ def roofline(share: OperatorShare, prediction: Prediction, device: DeviceSpec, d
     """Return the fraction of its time that a class would need at the device's peak rate; 1.0 where unknown.
 
     Main-memory traffic is left out on purpose: what stays in a cache is not bound by it, and this is a lower bound.
+    A class that is faster already than `dtype` can be computes in a narrower one: a bfloat16 model, say.
     """
     peak = rate(device, dtype)
     spent_s = share.time_share * prediction.baseline_ms / 1e3
     if not peak or not share.flops or spent_s <= 0:
         return 1.0
+    if share.flops / spent_s > peak:
+        peak = max(peak, rate(device, "bfloat16"), rate(device, "float16"))
     return min(1.0, share.flops / peak / spent_s)
