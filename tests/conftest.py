@@ -10,8 +10,9 @@ import pytest
 HERE = Path(__file__).parent
 SERIAL = (
     "attention/test_choice.py",
-    "browser",
-    "cli",
+    "cli/test_artifacts.py",
+    "cli/test_interruption.py",
+    "cli/test_kpt.py",
     "contracts",
     "gpu",
     "search",
