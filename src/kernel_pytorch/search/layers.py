@@ -17,8 +17,10 @@ from torch import nn
 from kernel_pytorch.catalog import apply_candidate
 from kernel_pytorch.core.describe import fingerprint
 from kernel_pytorch.core.program import begin, clone_call, clone_model, ship
-from kernel_pytorch.core.types import Candidate, Mode
+from kernel_pytorch.core.protocols import Program
+from kernel_pytorch.core.types import Candidate, Mode, Step
 from kernel_pytorch.core.workload import Call
+from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.search.bench import Bench
 
 __all__ = ["layer_times", "layers_of"]
@@ -64,7 +66,7 @@ def _members(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
 def layer_times(bench: Bench, candidate: Candidate) -> Mapping[str, tuple[float, float]]:
     """Return milliseconds of each layer before and after the candidate, times its count; inference only.
 
-    A layer to which the steps cannot be applied alone is left out.
+    A step that does not fit a layer alone (there is nothing to pack in a normalisation) leaves it as it is.
     """
     if bench.training:
         return {}
@@ -101,9 +103,27 @@ def _captured(bench: Bench, paths: set[str], call: Call) -> dict[str, Call]:
     return seen
 
 
+def _applied(bench: Bench, layer: nn.Module, call: Call, candidate: Candidate) -> Program:
+    """Return a copy of a layer with the steps that fit it."""
+    try:
+        return apply_candidate(begin(clone_model(layer), Mode.INFERENCE, {"main": call}), candidate, bench.transforms)
+    except CandidateError:
+        fitting = [s for s in candidate.steps if _fits(bench, layer, call, s)]
+        if len(fitting) == len(candidate.steps):
+            raise
+        return _applied(bench, layer, call, Candidate(tuple(fitting)))
+
+
+def _fits(bench: Bench, layer: nn.Module, call: Call, step: Step) -> bool:
+    try:
+        apply_candidate(begin(clone_model(layer), Mode.INFERENCE, {"main": call}), Candidate((step,)), bench.transforms)
+    except CandidateError:
+        return False
+    return True
+
+
 def _pair(bench: Bench, layer: nn.Module, call: Call, candidate: Candidate) -> tuple[float, float]:
-    program = begin(clone_model(layer), Mode.INFERENCE, {"main": call})
-    shipped = ship(apply_candidate(program, candidate, bench.transforms), layer)
+    shipped = ship(_applied(bench, layer, call, candidate), layer)
     small = replace(bench, calls={"main": call})
     before, after = small.step(layer, None, "main"), small.step(shipped, None, "main")
     after(), after(), before()
