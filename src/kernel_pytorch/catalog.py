@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 
 from kernel_pytorch.core.protocols import Program, Transform
-from kernel_pytorch.core.types import Candidate, Step
+from kernel_pytorch.core.types import Candidate
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.transforms.adamw import AdamW
 from kernel_pytorch.transforms.aoti import Aoti
@@ -28,7 +28,7 @@ from kernel_pytorch.transforms.regional_compile import RegionalCompile
 from kernel_pytorch.transforms.static_cache import StaticCache
 from kernel_pytorch.transforms.threads import Threads
 
-__all__ = ["TRANSFORMS", "apply_candidate", "find", "group_of"]
+__all__ = ["TRANSFORMS", "apply_candidate", "find"]
 
 TRANSFORMS: tuple[Transform, ...] = (
     # What the model computes, then in which format, then by which code, then around it all.
@@ -72,11 +72,6 @@ def find(name: str, transforms: Sequence[Transform] = TRANSFORMS) -> Transform:
         f"no transform is called {name!r}",
         fix=f"did you mean {' or '.join(near)}?" if near else f"one of: {', '.join(names)}",
     )
-
-
-def group_of(step: Step) -> str:
-    """Return the group of a step's transform; a candidate holds at most one step of each group."""
-    return find(step.transform).group
 
 
 def apply_candidate(program: Program, candidate: Candidate, transforms: Sequence[Transform] = TRANSFORMS) -> Program:

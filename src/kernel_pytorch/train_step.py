@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.transforms.cuda_graph import Pointers, Recorder, Unrecordable, no_graphs_on, signature
 
-__all__ = ["TrainStep", "capture_step"]
+__all__ = ["TrainStep"]
 
 log = logging.getLogger(__name__)
 
@@ -330,26 +330,6 @@ class TrainStep:
         log.warning("the training step runs without a CUDA graph: %s", reason)
         self.release()
         self.reason = reason
-
-
-def capture_step(
-    model: nn.Module, loss: Callable[[Any, Any], torch.Tensor], optimizer: torch.optim.Optimizer, batch: Any
-) -> TrainStep:
-    """Return a `TrainStep` that has recorded the step for batches like this one.
-
-    Four real steps are taken on the batch: three that warm up, and the first replay.
-
-    Raises:
-        CandidateError: The step cannot be recorded, with the reason.
-    """
-    step = TrainStep(model, loss, optimizer)
-    for _ in range(_WARM_UPS + 1):
-        if step.reason:
-            break
-        step(batch)
-    if step.reason:
-        raise CandidateError(f"the training step cannot be recorded: {step.reason}")
-    return step
 
 
 def _unrecordable(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:

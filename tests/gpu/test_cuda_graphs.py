@@ -15,7 +15,7 @@ from kernel_pytorch.core.program import begin, clone_model, plain_call, restore,
 from kernel_pytorch.core.types import Mode, Step
 from kernel_pytorch.core.workload import Call
 from kernel_pytorch.errors import CandidateError
-from kernel_pytorch.train_step import TrainStep, capture_step
+from kernel_pytorch.train_step import TrainStep
 from kernel_pytorch.transforms.bucketing import Bucketing
 from kernel_pytorch.transforms.compile import Compile
 from kernel_pytorch.transforms.cuda_graph import CudaGraph, Recorder
@@ -331,7 +331,9 @@ def test_a_running_optimizer_is_taken_over_and_given_back() -> None:
 def test_the_learning_rate_is_read_at_each_replay() -> None:
     ours = net().train()
     optimizer = OPTIMIZERS["adamw"](ours.parameters())
-    step = capture_step(ours, loss, optimizer, batches(1)[0])
+    step = TrainStep(ours, loss, optimizer)
+    for _ in range(4):
+        step(batches(1)[0])
     assert step.recordings == 1
     optimizer.param_groups[0]["lr"] = 0.0
     before = [p.clone() for p in ours.parameters()]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernel_pytorch.catalog import TRANSFORMS, apply_candidate, find, group_of
+from kernel_pytorch.catalog import TRANSFORMS, apply_candidate, find
 from kernel_pytorch.core.program import begin
 from kernel_pytorch.core.protocols import Transform
 from kernel_pytorch.core.types import (
@@ -106,7 +106,7 @@ def test_proposals_are_steps_of_their_own_or_a_reason(device: DeviceSpec, mode: 
         assert mode in transform.modes
         for step in proposed:
             assert step.transform == transform.name
-            assert group_of(step) == transform.group
+            assert find(step.transform).group == transform.group
             bound = transform.ceiling(step, PREDICTION, device)
             assert bound >= 1.0 or device is CPU
             assert not math.isnan(bound)

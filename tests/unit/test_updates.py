@@ -30,11 +30,15 @@ def loss(model, x):
     return model(x).square().mean()
 
 
-def checked(optimizer, change=lambda optimizer, model: None, dtype=torch.float32, steps=4):
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def checked(optimizer, change=lambda optimizer, model: None, dtype=torch.float32, steps=4, unmodified=adamw):
     torch.manual_seed(0)
     reference = Net().to(dtype).train()
     x = torch.randn(8, 16, dtype=dtype)
-    workload = Workload(Net, lambda seed: x, loss=loss, optimizer=lambda ps: torch.optim.AdamW(ps, lr=1e-3))
+    workload = Workload(Net, lambda seed: x, loss=loss, optimizer=unmodified)
     model = clone_model(reference)
     made = optimizer(model.parameters())
     change(made, model)
@@ -91,3 +95,8 @@ def test_an_optimizer_that_raises_is_told():
         optimizer.register_step_pre_hook(hook)
 
     assert "out of ink" in checked(lambda ps: torch.optim.AdamW(ps, lr=1e-3), broken).detail
+
+
+def test_an_unmodified_optimizer_that_cannot_step_so_is_told():
+    told = checked(torch.optim.LBFGS, unmodified=torch.optim.LBFGS)
+    assert "the unmodified optimizer raises TypeError" in told

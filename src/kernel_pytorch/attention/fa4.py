@@ -1,7 +1,7 @@
 # ruff: noqa: PLR0917
 """FlashAttention-4: the CuTe DSL kernels of the package `flash-attn-4` (imports as `flash_attn.cute`).
 
-Forward and backward for Ampere to Blackwell, compiled for a shape class at its first call (2-3.5 s each on an H100).
+Forward and backward for Ampere to Blackwell, compiled for a shape class at its first call, which takes seconds.
 https://github.com/Dao-AILab/flash-attention/tree/main/flash_attn/cute
 """
 

@@ -80,13 +80,13 @@ def judge(subject: Subject, *, level: str = "standard") -> NumericsReport:
 
 def _judge_by_stand_in(subject: Subject, short: Subject, left_out: str, level: str) -> NumericsReport:
     report = _judge_whole(short, level)
-    unchecked = (*report.unchecked, left_out)
+    unchecked = [*report.unchecked, left_out]
     if not report.passed:
-        return replace(report, unchecked=unchecked)
+        return replace(report, unchecked=tuple(unchecked))
     exact = all(map(subject.structural, subject.candidate.steps))
     with fail_on_recompile_limit():
-        checks = full_size_checks(subject, report, exact=exact)
-    return replace(report, checks=(*report.checks, *checks), unchecked=unchecked)
+        checks = full_size_checks(subject, report, unchecked, exact=exact)
+    return replace(report, checks=(*report.checks, *checks), unchecked=tuple(unchecked))
 
 
 def _judge_whole(subject: Subject, level: str) -> NumericsReport:

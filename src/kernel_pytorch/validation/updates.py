@@ -19,9 +19,7 @@ from kernel_pytorch.core.types import Check, Gate
 from kernel_pytorch.validation.gradients import Gradients
 from kernel_pytorch.validation.subject import Subject, attempt
 
-__all__ = ["OTHER_FORMAT", "update_check"]
-
-OTHER_FORMAT = "the update alone: the candidate keeps its parameters in another format"
+__all__ = ["update_check"]
 
 _REORDERED = 1e-3
 """Of an update: PyTorch's own fused and looped AdamW differ by 1e-6."""
@@ -33,8 +31,8 @@ _NEAR_ZERO = 0.1
 
 def update_check(
     subject: Subject, program: Program, gradients: Gradients, *, steps: int, name: str, case: str
-) -> Check | None:
-    """Return the check of a few optimizer steps; `None` where there is nothing to compare.
+) -> Check | str:
+    """Return the check of a few optimizer steps, or in words why there is nothing to compare.
 
     Args:
         subject: Where the unmodified model and its optimizer come from.
@@ -51,9 +49,9 @@ def update_check(
     before = {n: p.detach().clone() for n, p in theirs.named_parameters()}
     mine = dict(program.model.named_parameters())
     if any(n not in mine or mine[n].dtype is not p.dtype for n, p in before.items()):
-        return None
-    if _stepped(theirs, make_optimizer(subject.workload, theirs.parameters()), gradients, steps):
-        return None  # it wants a closure, say: the loss curve judges it
+        return f"{name}: the candidate keeps its parameters in another format"
+    if refused := _stepped(theirs, make_optimizer(subject.workload, theirs.parameters()), gradients, steps):
+        return f"{name} given the same gradients: the unmodified optimizer raises {refused}"
     optimizer = program.optimizer or make_optimizer(subject.workload, program.model.parameters())
     held = {n: p.detach().clone() for n, p in mine.items()}
     state = copy.deepcopy(optimizer.state_dict())

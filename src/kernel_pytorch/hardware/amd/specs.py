@@ -11,6 +11,9 @@ from dataclasses import dataclass
 __all__ = ["Rates", "features", "last_level_cache_bytes", "peak_rates"]
 
 
+UNCHECKED = "figure not yet held against the document"
+
+
 @dataclass(frozen=True, slots=True)
 class Rates:
     """Peak rates: operations a second by dtype name, bytes a second, and where each comes from."""
@@ -129,7 +132,7 @@ def peak_rates(arch: str, *, compute_units: int, clock_khz: int, memory_bytes: i
     if reference is None:
         return Rates({}, 0.0, {})
     scale = min(1.0, compute_units / reference.compute_units)
-    how = f"{reference.product}, scaled by {compute_units}/{reference.compute_units} compute units"
+    how = f"{reference.product} ({UNCHECKED}), scaled by {compute_units}/{reference.compute_units} compute units"
     if reference.clock_khz and clock_khz:
         scale *= min(1.0, clock_khz / reference.clock_khz)
         how += f" and {clock_khz / 1000:.0f}/{reference.clock_khz / 1000:.0f} MHz"
@@ -137,7 +140,7 @@ def peak_rates(arch: str, *, compute_units: int, clock_khz: int, memory_bytes: i
     sources = dict.fromkeys((f"peak_flops.{dtype}" for dtype in flops), how)
     # HIP's memory clock is no help: for HBM3 twice clock times bus is half of the data sheet's bandwidth.
     bandwidth = next(rate for least, rate in reference.bandwidth if memory_bytes / 1e9 >= least)
-    sources["bandwidth_bytes_per_s"] = reference.product
+    sources["bandwidth_bytes_per_s"] = f"{reference.product} ({UNCHECKED})"
     return Rates(flops, bandwidth, sources)
 
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 __all__ = ["Rates", "arch_of", "peak_rates"]
 
 
+UNCHECKED = "figure not yet held against the document"
+
+
 @dataclass(frozen=True, slots=True)
 class Rates:
     """Peak rates: operations a second by dtype name, bytes a second, and where each comes from."""
@@ -90,9 +93,9 @@ def peak_rates(arch: str, *, vector_engines: int, memory_bytes: int) -> Rates:
     if reference is None:
         return Rates({}, 0.0, {})
     scale = min(1.0, vector_engines / reference.vector_engines)
-    how = f"{reference.product}, scaled by {vector_engines}/{reference.vector_engines} vector engines"
+    how = f"{reference.product} ({UNCHECKED}), scaled by {vector_engines}/{reference.vector_engines} vector engines"
     flops = {dtype: rate * 1e12 * scale for dtype, rate in reference.tflops.items()}
     sources = dict.fromkeys((f"peak_flops.{dtype}" for dtype in flops), how)
     bandwidth = next(rate for least, rate in reference.bandwidth if memory_bytes / 1e9 >= least)
-    sources["bandwidth_bytes_per_s"] = reference.product
+    sources["bandwidth_bytes_per_s"] = f"{reference.product} ({UNCHECKED})"
     return Rates(flops, bandwidth, sources)
