@@ -33,6 +33,7 @@ __all__ = [
     "TensorSignature",
     "Trial",
     "Untried",
+    "Verdict",
     "WorkloadSpec",
 ]
 
@@ -67,6 +68,21 @@ class Status(StrEnum):
     FAILED = "failed"
     TIMEOUT = "timeout"
     OOM = "oom"
+
+
+class Verdict(StrEnum):
+    """What a guard says of a change."""
+
+    PASS = "PASS"  # noqa: S105  a verdict, no secret
+    """Not slower than allowed, and proven so."""
+    FAIL = "FAIL"
+    """Slower, and proven so."""
+    INCONCLUSIVE = "INCONCLUSIVE"
+    """The samples at hand do not decide, or could not be taken; the reason says why."""
+    STALE = "STALE"
+    """The plan was made with other software or on another device, so it is not judged."""
+    WRONG = "WRONG"
+    """The numbers differ by more than is allowed."""
 
 
 class Gate(StrEnum):
