@@ -25,6 +25,7 @@ from kernel_pytorch.transforms.precision_policy import PrecisionPolicy
 from kernel_pytorch.transforms.prepack import Prepack
 from kernel_pytorch.transforms.quantize import Quantize
 from kernel_pytorch.transforms.regional_compile import RegionalCompile
+from kernel_pytorch.transforms.rope import Rope
 from kernel_pytorch.transforms.static_cache import StaticCache
 from kernel_pytorch.transforms.threads import Threads
 
@@ -39,6 +40,7 @@ TRANSFORMS: tuple[Transform, ...] = (
     Dtype(),
     PrecisionPolicy(),
     KernelSwap(),
+    Rope(),
     LossHead(),
     Prepack(),
     Int8Eager(),

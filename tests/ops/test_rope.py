@@ -29,11 +29,13 @@ def test_the_definition_is_that_of_hugging_face() -> None:
     q, k = torch.randn(2, 4, 6, 16).double(), torch.randn(2, 2, 6, 16).double()
     cos, sin = (t.double() for t in angles(6, 16))
     full_cos, full_sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+    for angle in (full_cos, full_sin):
+        angle += torch.linspace(0, 1, 16)  # halves of their own are allowed where angles are d wide
 
     def rotate_half(x: torch.Tensor) -> torch.Tensor:
         return torch.cat((-x[..., 8:], x[..., :8]), -1)
 
-    for x, got in zip((q, k), rope(q, k, cos, sin), strict=True):
+    for x, got in zip((q, k), rope(q, k, full_cos, full_sin), strict=True):
         assert torch.allclose(got, x * full_cos + rotate_half(x) * full_sin, rtol=1e-14)
     complex_q = torch.view_as_complex(q.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
     assert torch.allclose(rope(q, k, cos, sin, interleaved=True)[0], torch.view_as_real(complex_q).flatten(-2))
@@ -57,7 +59,8 @@ def test_what_does_not_fit_is_told() -> None:
         (lambda: rope(q, q.half(), cos, sin), "of one dtype"),
         (lambda: rope(q, q[:, :, :3], cos, sin), "alike but for their heads"),
         (lambda: rope(q[..., :7], q[..., :7], cos, sin), "even last"),
-        (lambda: rope(q, q, torch.ones(6, 8), torch.ones(6, 8)), "cos and sin must be"),
+        (lambda: rope(q, q, torch.ones(6, 6), torch.ones(6, 6)), "cos and sin must be"),
+        (lambda: rope(q, q, torch.ones(6, 8), torch.ones(6, 8), interleaved=True), "cos and sin must be"),
         (lambda: rope(q, q, cos, sin, layout="sbhd"), "unknown layout"),
         (lambda: rope(q, q, cos, sin, impl="triton"), "Triton"),
         (lambda: rope(q, q, cos, sin, impl="cuda"), "unknown impl"),
@@ -96,6 +99,16 @@ def test_forward_and_backward(interpreter, shape, layout, interleaved, dtype) ->
     if layout == "bhsd":
         q, k = q.transpose(1, 2), k.transpose(1, 2)
     compare(q, k, *angles(positions, d), layout=layout, interleaved=interleaved)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_angles_of_both_halves(interpreter, layout, dtype) -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 5, heads, 16).to(dtype) for heads in (4, 2))
+    if layout == "bhsd":
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    compare(q, k, torch.randn(2, 5, 16), torch.randn(2, 5, 16), layout=layout)
 
 
 def test_strides(interpreter) -> None:

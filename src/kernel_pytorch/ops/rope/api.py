@@ -51,8 +51,8 @@ def rope(
         q: `[batch, heads, sequence, d]` or, for layout `bshd`, `[batch, sequence, heads, d]`; `d` even; bfloat16,
             float16 or float32 (the reference: any floating-point dtype). Any strides.
         k: The same, with its own number of heads.
-        cos: `[sequence, d / 2]` or `[batch or 1, sequence, d / 2]`. Hugging Face's are `d` wide with equal halves:
-            pass `cos[..., : d // 2]`.
+        cos: `[sequence, d / 2]` or `[batch or 1, sequence, d / 2]`; or `d` wide, as Hugging Face's are, where pairs are
+            not interleaved: `q * cos + rotate_half(q) * sin`.
         sin: Like `cos`.
         layout: `bhsd` or `bshd`.
         interleaved: Whether a pair is `(2 i, 2 i + 1)`, else `(i, i + d / 2)` as in Hugging Face's models.
@@ -68,7 +68,7 @@ def rope(
         raise InputsError(f"rope: unknown layout {layout!r}; expected 'bhsd' or 'bshd'")
     if impl not in (None, "triton", "reference"):
         raise InputsError(f"rope: unknown impl {impl!r}; expected 'triton', 'reference' or None")
-    _check(q, k, cos, sin, position=2 if layout == "bhsd" else 1)
+    _check(q, k, cos, sin, position=2 if layout == "bhsd" else 1, interleaved=interleaved)
     skip = unsupported(q, k, cos, sin) if impl != "reference" else None
     if impl == "triton" and skip is not None:
         raise InputsError(f"rope: {skip.reason}", fix=skip.fix)
@@ -78,7 +78,9 @@ def rope(
     return turned
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, position: int) -> None:
+def _check(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, position: int, interleaved: bool
+) -> None:
     batch, d = q.shape[0], q.shape[-1]
     fits = q.dim() == k.dim() == 4 and q.dtype == k.dtype and d % 2 == 0 and d > 0
     if not fits or any(q.shape[i] != k.shape[i] for i in (0, position, 3)):
@@ -86,7 +88,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
             "rope: q and k must be of one dtype and of four dimensions, alike but for their heads, with an even last "
             f"one; got {q.dtype} {[*q.shape]} and {k.dtype} {[*k.shape]}"
         )
-    rows = (q.shape[position], d // 2)
+    rows = (q.shape[position], d if cos.shape[-1:] == (d,) and not interleaved else d // 2)
     if cos.shape != sin.shape or tuple(cos.shape) not in (rows, (1, *rows), (batch, *rows)):
         raise InputsError(
             f"rope: cos and sin must be {[*rows]} or {[batch, *rows]}; got {[*cos.shape]} and {[*sin.shape]}"

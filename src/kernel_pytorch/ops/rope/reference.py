@@ -15,7 +15,11 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleave
         turned = torch.stack((first * c - second * s, second * c + first * s), dim=-1).flatten(-2)
     else:
         first, second = exact.chunk(2, dim=-1)
-        turned = torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+        if c.shape[-1] == x.shape[-1]:  # each half has its own
+            (c, c_second), (s, s_second) = c.chunk(2, dim=-1), s.chunk(2, dim=-1)
+        else:
+            c_second, s_second = c, s
+        turned = torch.cat((first * c - second * s, second * c_second + first * s_second), dim=-1)
     return turned.to(x.dtype)
 
 
@@ -27,7 +31,8 @@ def rope_reference(
     Args:
         q: `[batch, heads, sequence, d]` or, for layout `bshd`, `[batch, sequence, heads, d]`.
         k: The same, with its own number of heads.
-        cos: `[sequence, d / 2]` or `[batch or 1, sequence, d / 2]`.
+        cos: `[sequence, d / 2]` or `[batch or 1, sequence, d / 2]`; or `d` wide, one for each element, where the
+            pairs are `(i, i + d / 2)`.
         sin: Like `cos`.
         layout: `bhsd` or `bshd`.
         interleaved: Whether a pair is `(2 i, 2 i + 1)`, else `(i, i + d / 2)` as in Hugging Face's models.

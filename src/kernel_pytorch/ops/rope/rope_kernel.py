@@ -3,7 +3,7 @@
 """Triton kernel of rotary position embedding: one program turns all heads of one position, of queries and keys.
 
 Least traffic: queries and keys read once and written once; the angles of a position are read once for all heads. The
-backward is the same kernel with the opposite angle, so nothing but the angles is kept.
+backward is the same kernel with the transposed rotation, so nothing but the angles is kept.
 """
 
 from __future__ import annotations
@@ -88,17 +88,23 @@ def rope_kernel(
     K_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    WIDE: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
     program = tl.program_id(0)
     batch = (program // positions).to(tl.int64)
     position = (program % positions).to(tl.int64)
     column = tl.arange(0, HALF)
-    c = tl.load(cos + batch * cos_batch + position * cos_position + column, mask=column < half, other=0.0)
-    s = tl.load(sin + batch * sin_batch + position * sin_position + column, mask=column < half, other=0.0)
-    c, s = c.to(tl.float32)[None, :], s.to(tl.float32)[None, :]
+    at_cos = cos + batch * cos_batch + position * cos_position + column
+    at_sin = sin + batch * sin_batch + position * sin_position + column
+    c = tl.load(at_cos, mask=column < half, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(at_sin, mask=column < half, other=0.0).to(tl.float32)[None, :]
+    c_second, s_second = c, s
+    if WIDE:
+        c_second = tl.load(at_cos + half, mask=column < half, other=0.0).to(tl.float32)[None, :]
+        s_second = tl.load(at_sin + half, mask=column < half, other=0.0).to(tl.float32)[None, :]
     if INVERSE:
-        s = -s
+        s, s_second = -s_second, -s
     # All loads come before the first store, for the compiler does not move them over one.
     q_at, k_at = q + batch * q_batch + position * q_position, k + batch * k_batch + position * k_position
     q_first, q_second = _load_pairs(q_at, q_head, q_heads, half, Q_HEADS, HALF, INTERLEAVED)
@@ -108,7 +114,7 @@ def rope_kernel(
     _store_pairs(
         q_to,
         q_first * c - q_second * s,
-        q_second * c + q_first * s,
+        q_second * c_second + q_first * s_second,
         q_out_head,
         q_heads,
         half,
@@ -119,7 +125,7 @@ def rope_kernel(
     _store_pairs(
         k_to,
         k_first * c - k_second * s,
-        k_second * c + k_first * s,
+        k_second * c_second + k_first * s_second,
         k_out_head,
         k_heads,
         half,
@@ -190,6 +196,7 @@ def rotate(
             K_HEADS=next_power_of_2(k_heads),
             HALF=next_power_of_2(half),
             INTERLEAVED=interleaved,
+            WIDE=cos.shape[-1] == 2 * half,
             INVERSE=inverse,
             num_warps=warps or warps_for(q_heads, half),
             enable_fp_fusion=True,
@@ -197,14 +204,15 @@ def rotate(
     return q_out, k_out
 
 
-def _case(kind: str, heads: int, half: int, *, interleaved: bool) -> CompileCase:
+def _case(kind: str, heads: int, half: int, *, interleaved: bool, wide: bool = False) -> CompileCase:
     pointers = dict.fromkeys(("q", "k", "q_out", "k_out"), f"*{kind}") | dict.fromkeys(("cos", "sin"), "*fp32")
     places = ("batch", "position", "head")
     strides = [f"{x}_{place}" for x in ("q", "k", "q_out", "k_out") for place in places]
     strides += ["cos_batch", "cos_position", "sin_batch", "sin_position"]
     signature = pointers | dict.fromkeys((*strides, "positions", "q_heads", "k_heads", "half"), "i32")
     constants = {"Q_HEADS": heads, "K_HEADS": heads // 4, "HALF": half, "INTERLEAVED": interleaved}
-    label = f"{kind}-{'interleaved' if interleaved else 'halves'}"
+    constants["WIDE"] = wide
+    label = f"{kind}-{'interleaved' if interleaved else 'halves'}{'-wide' if wide else ''}"
     return CompileCase(
         rope_kernel, signature, constants | {"INVERSE": interleaved}, warps_for(heads, half), label=label
     )
@@ -212,6 +220,7 @@ def _case(kind: str, heads: int, half: int, *, interleaved: bool) -> CompileCase
 
 COMPILE_CASES = [
     _case("bf16", 32, 64, interleaved=False),
+    _case("bf16", 32, 64, interleaved=False, wide=True),
     _case("fp16", 32, 64, interleaved=True),
     _case("fp32", 64, 128, interleaved=False),
 ]
