@@ -20,7 +20,7 @@ def make_step(model: nn.Module, lr: float) -> Callable[[torch.Tensor], torch.Ten
     model, optimizer = kp.prepare(model, optimizer, plan=os.environ["KPT_PLAN"])
 
     def step(ids: torch.Tensor) -> torch.Tensor:
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = kp.fused_loss(model, {"input_ids": ids, "labels": ids})
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -58,7 +58,8 @@ def main() -> None:
     assert config.mode is Mode.TRAINING
     optimizer = make_optimizer(workload, model.parameters())
     if args.plan:
-        model, optimizer = kp.prepare(model, optimizer, plan=args.plan, inputs=bench.calls)
+        model, optimizer = kp.prepare(model, optimizer, plan=args.plan, inputs=bench.calls, loss=loss)
+        loss = kp.fused_loss
     batch = next(iter(bench.batches.values()))
 
     def step() -> Any:

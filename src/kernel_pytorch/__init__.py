@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kernel_pytorch.core.management.unified_manager import UnifiedManager as UnifiedManager
     from kernel_pytorch.core.program import CallCounts as CallCounts
     from kernel_pytorch.core.program import call_counts as call_counts
+    from kernel_pytorch.core.program import fused_loss as fused_loss
     from kernel_pytorch.core.program import restore as restore
     from kernel_pytorch.core.targets import load_target as load_target
     from kernel_pytorch.core.types import Candidate as Candidate
@@ -77,6 +78,7 @@ _HOME = {
     "call_counts": "core.program",
     "detect": "hardware",
     "eject": "plan.eject",
+    "fused_loss": "core.program",
     "load_plan": "plan.store",
     "load_target": "core.targets",
     "prepare": "plan.apply",

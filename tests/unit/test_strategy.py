@@ -120,3 +120,12 @@ def test_winners_are_tried_together_and_compiled_before_other_cheap_steps():
     tried = drive(Strategy(proposals(), ceilings, 0.02), {"half": 2.0, "layout": 1.1, "int8": 1.2})
     assert tried.index("layout + half") < tried.index("int8")
     assert tried.index("layout + half + compile") < tried.index("int8")
+
+
+def test_winners_are_tried_together_before_one_by_one():
+    fakes = [Fake("one", "a"), Fake("two", "b"), Fake("three", "c"), Fake("compile", "compile", True)]
+    strategy = Strategy(Proposals(tuple((f, (Step(f.name),)) for f in fakes), ()), {}, 0.02)
+    tried = drive(strategy, {"one": 1.3, "two": 1.2, "three": 1.1, "compile": 1.5})
+    together = tried.index("one + two + three + compile")
+    assert together == 4, "after the single steps and compilation of the best"
+    assert all(tried.index(c) > together for c in tried if c.count("+") == 2)

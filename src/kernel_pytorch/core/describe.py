@@ -18,9 +18,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernel_pytorch.core.program import clone_call, clone_model, signatures_of
+from kernel_pytorch.core.program import clone_call, clone_model, model_loss, signatures_of
 from kernel_pytorch.core.types import Mode, WorkloadSpec
-from kernel_pytorch.core.workload import Call, Workload, as_call
+from kernel_pytorch.core.workload import Call, Workload
 from kernel_pytorch.errors import InputsError, KptError, ModelError
 
 __all__ = ["check_model", "describe", "fingerprint", "make_optimizer", "private_copy", "training_loss"]
@@ -163,24 +163,7 @@ def private_copy(model: nn.Module, mode: Mode) -> nn.Module:
 
 def training_loss(workload: Workload) -> Callable[[Any, Any], torch.Tensor]:
     """Return `loss(model, batch) -> scalar tensor`: the workload's own, else the loss that the model returns."""
-    return workload.loss or _model_loss
-
-
-def _model_loss(model: Any, batch: Any) -> torch.Tensor:
-    call = as_call(batch)
-    output = model(*call.args, **call.kwargs)
-    value = output
-    if isinstance(output, Mapping):
-        value = output.get("loss")
-    elif not isinstance(output, torch.Tensor):
-        value = getattr(output, "loss", None)
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value.reshape(())
-    got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(output).__name__
-    raise InputsError(
-        f"training needs a loss: the model returned {got}, which is no scalar and has none as `.loss` or ['loss']",
-        fix="give Workload(loss=lambda model, batch: ...), or labels among the inputs where the model takes them",
-    )
+    return workload.loss or model_loss
 
 
 def make_optimizer(workload: Workload, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

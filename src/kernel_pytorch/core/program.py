@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import Mode, TensorSignature
-from kernel_pytorch.core.workload import Call
+from kernel_pytorch.core.workload import Call, as_call
 from kernel_pytorch.errors import InputsError, ModelError
 
 __all__ = [
@@ -28,6 +28,8 @@ __all__ = [
     "call_counts",
     "clone_call",
     "clone_model",
+    "fused_loss",
+    "model_loss",
     "plain_call",
     "plain_tensors",
     "restore",
@@ -159,7 +161,8 @@ class _Guarded:
         self.counts.last_outside = why
         return self.original(*args, **kwargs)
 
-    def _outside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    def mode_outside(self) -> str:
+        """Return why no call is inside the plan now, whatever its inputs; empty where one may be."""
         if self.program.model.training != self.training:
             return f"the module is in {'train' if self.program.model.training else 'eval'} mode"
         if torch.is_grad_enabled() != self.training:
@@ -168,6 +171,11 @@ class _Guarded:
                 if not self.training
                 else ("gradients are disabled in a training plan")
             )
+        return ""
+
+    def _outside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        if why := self.mode_outside():
+            return why
         unknown = self.known is not None and _key(args, kwargs) not in self.known
         if unknown or (self.signatures and signatures_of(Call(args, kwargs)) not in self.signatures):
             shapes = [tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -211,6 +219,52 @@ def call_counts(model: nn.Module) -> CallCounts:
         ModelError: No plan is applied to it.
     """
     return _guard(model).counts
+
+
+def model_loss(model: Any, batch: Any) -> torch.Tensor:
+    """Return the loss that a model returns when it is called with a batch (`.loss`, `["loss"]`, or its output).
+
+    Raises:
+        InputsError: It returns none.
+    """
+    call = as_call(batch)
+    output = model(*call.args, **call.kwargs)
+    value = output
+    if isinstance(output, Mapping):
+        value = output.get("loss")
+    elif not isinstance(output, torch.Tensor):
+        value = getattr(output, "loss", None)
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.reshape(())
+    got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(output).__name__
+    raise InputsError(
+        f"training needs a loss: the model returned {got}, which is no scalar and has none as `.loss` or ['loss']",
+        fix="give a loss(model, batch) to Workload (to kp.prepare, where a plan is applied), or labels among the inputs where the model takes them",
+    )
+
+
+def fused_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    """Return the loss of a batch, by the one compiled function that a plan made of the model and the loss.
+
+    What a model returns besides its loss (the logits of a language model, gigabytes) need not exist then. Where the
+    plan has no such function, or the call is outside the plan (another mode, no gradients), the loss is called plainly.
+
+    Args:
+        model: A model with a training plan (`kp.prepare`).
+        batch: What the loss takes.
+
+    Returns:
+        A scalar, with its history.
+
+    Raises:
+        ModelError: No plan is applied to the model.
+    """
+    guard = _guard(model)
+    fused = guard.program.fused_loss
+    if fused is None or guard.mode_outside():
+        return (guard.program.loss or model_loss)(model, batch)
+    guard.counts.inside += 1
+    return fused(model, batch)
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -36,6 +36,8 @@ class Program:
         calls: Example calls by case name, for what must trace or calibrate. Never modified.
         optimizer: In training; else `None`.
         loss: In training: `loss(model, batch) -> scalar tensor`; else `None`.
+        fused_loss: Where a step made one function of model and loss, that function, of the signature of `loss`; a loop
+            calls it by `kp.fused_loss`, and a trial times it.
         artifact_dir: Where a transform may write files that are deployed beside the plan; `None` during a search.
         trust_artifacts: Whether code in `artifact_dir` may be loaded.
         dynamic: Whether `call` accepts batch sizes and lengths other than those of `calls` by its own means; a step
@@ -51,12 +53,17 @@ class Program:
     calls: Mapping[str, Call]
     optimizer: torch.optim.Optimizer | None = None
     loss: Callable[[Any, Any], torch.Tensor] | None = None
+    fused_loss: Callable[[Any, Any], torch.Tensor] | None = None
     artifact_dir: Path | None = None
     trust_artifacts: bool = False
     dynamic: bool = True
     notes: list[str] = field(default_factory=list)
     undo: list[Callable[[], None]] = field(default_factory=list)
     holds: list[Any] = field(default_factory=list)
+
+    def step_loss(self, otherwise: Callable[[Any, Any], torch.Tensor]) -> Callable[[Any, Any], torch.Tensor]:
+        """Return the loss that a training step runs: the fused one, else the program's, else `otherwise`."""
+        return self.fused_loss or self.loss or otherwise
 
 
 @runtime_checkable

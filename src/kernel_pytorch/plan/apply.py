@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,7 @@ def prepare(
     *,
     plan: Plan | str | Path,
     inputs: Any = None,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
     trust_artifacts: bool = False,
     transforms: Sequence[Transform] = TRANSFORMS,
 ) -> tuple[nn.Module, Any]:
@@ -98,6 +99,8 @@ def prepare(
         optimizer: The optimizer over its parameters; needed where the plan changes it.
         plan: A training plan, its file, or the directory of its search.
         inputs: Example inputs; see `apply`.
+        loss: `loss(model, batch) -> scalar`, as in the workload; for plans that compile it with the model, which
+            `kp.fused_loss` then calls. Without it, the loss that the model returns.
         trust_artifacts: Whether code in the plan's `artifacts/` may be loaded.
         transforms: What the plan's steps may name, in order of application.
 
@@ -118,7 +121,7 @@ def prepare(
     device = _here(plan)
     check_device(plan, device)
     before = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    program = begin(model, Mode.TRAINING, _calls(plan, inputs), optimizer=optimizer)
+    program = begin(model, Mode.TRAINING, _calls(plan, inputs), optimizer=optimizer, loss=loss)
     undo = program.undo
     try:
         program.artifact_dir, program.trust_artifacts = artifacts, trust_artifacts

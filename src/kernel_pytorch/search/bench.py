@@ -50,8 +50,14 @@ class Bench:
         """Return the training loss; `None` in inference."""
         return training_loss(self.workload) if self.training else None
 
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, case: str) -> Callable[[], Any]:
-        """Return a function that runs one call, or one whole training step, of a case."""
+    def step(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        case: str,
+        loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    ) -> Callable[[], Any]:
+        """Return a function that runs one call, or one whole training step (of `loss`, if given), of a case."""
         if not self.training:
             call = self.calls[case]
 
@@ -60,7 +66,7 @@ class Bench:
                     return model(*call.args, **call.kwargs)
 
             return infer
-        loss, batch = training_loss(self.workload), self.batches[case]
+        loss, batch = loss or training_loss(self.workload), self.batches[case]
         assert optimizer is not None
 
         def train() -> Any:

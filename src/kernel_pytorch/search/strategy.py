@@ -2,10 +2,10 @@
 
 Compilation is dear and timing is cheap, so the most promising step of each group that needs no compiler is tried alone
 first. Then the first compile steps are tried on the best of those, with the steps that pay inside compiled code only
-and without those that do by hand what compilation does;
-then the winners together, compiled too; then the other cheap steps, all compile steps on the best, the remaining
-winners added to the best candidate so far, and runners-up. A candidate whose upper bound cannot reach the smallest
-gain, that contains a step that was wrong alone, or that has been tried, is not tried.
+and without those that do by hand what compilation does; then all winners together on the best so far, then one by one;
+then the other cheap steps, all compile steps on the best, the remaining winners added to the best candidate so far, and
+runners-up. A candidate whose upper bound cannot reach the smallest gain, that contains a step that was wrong alone, or
+that has been tried, is not tried.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ class Strategy:
         kept = [s for s in cheap if s.transform not in fused]
         plain = [c for c in self.trials if all(s in kept for s in c.steps)]
         yield from self._extensions(self._best(plain), dear[:2], along=inside)
+        plain = [c for c in self.trials if all(s in [*kept, *dear, *inside] for s in c.steps)]
+        yield from self._all_winners(self._best(plain), kept)
         yield from self._extensions(self._best(plain), [s for s in kept if self.gain(Candidate((s,))) > 1.0])
         yield from self._extensions(self._best(plain), dear[:1], along=inside)
         yield from (Candidate((s,)) for s in (*cheap, *inside))
@@ -105,6 +107,17 @@ class Strategy:
         yield from self._extensions(self._best(self.trials), [s for s in cheap if self.gain(Candidate((s,))) > 1.0])
         yield from self._extensions(self._best(self.trials), [*cheap, *dear], replace=True)
         yield from (Candidate((s,)) for s in dear)
+
+    def _all_winners(self, base: Candidate, steps: list[Step]) -> Iterator[Candidate]:
+        """Yield `base` with every step that won alone at once, the best of each group: one compilation for all."""
+        taken = {self.proposals.transform_of(s).group for s in base.steps}
+        best: dict[str, Step] = {}
+        for step in sorted(steps, key=lambda s: -self.gain(Candidate((s,)))):
+            group = self.proposals.transform_of(step).group
+            if group not in taken and self.gain(Candidate((step,))) > 1.0:
+                best.setdefault(group, step)
+        if len(best) > 1:
+            yield self.proposals.combine([*base.steps, *best.values()])
 
     def _best(self, candidates: Iterable[Candidate]) -> Candidate:
         best = max(candidates, key=self.gain, default=Candidate())

@@ -94,7 +94,7 @@ def run_trial(bench: Bench, request: TrialRequest, make: Callable[[nn.Module], P
             program = make(copy) if make else build(bench, copy, request.candidate)
             shipped = ship(program, bench.model)
             with recording(Path(request.artifact_dir), bench.manager.spec) if request.artifact_dir else nullcontext():
-                compile_seconds, wrong = _first_calls(bench, shipped)
+                compile_seconds, wrong = _first_calls(bench, shipped, program.fused_loss)
             report = NumericsReport(wrong) if wrong else _judge(bench, request, program)
             release_cached()
             trial = Trial(
@@ -135,7 +135,9 @@ def _deterministic(seed: int) -> Iterator[None]:
         yield
 
 
-def _first_calls(bench: Bench, shipped: nn.Module) -> tuple[float, tuple[Check, ...]]:
+def _first_calls(
+    bench: Bench, shipped: nn.Module, fused: Callable[[Any, Any], torch.Tensor] | None
+) -> tuple[float, tuple[Check, ...]]:
     """Run every case twice; return what the first runs took beyond the second (the compile time), and what was NaN.
 
     Buffers that a call updates (BatchNorm statistics) are put back: the validator compares them with the reference's.
@@ -147,7 +149,7 @@ def _first_calls(bench: Bench, shipped: nn.Module) -> tuple[float, tuple[Check, 
     wrong: list[Check] = []
     before = [(b, b.detach().clone()) for m in (shipped, bench.model) for b in m.buffers()]
     for case in bench.workload.cases:
-        step = _probe_step(bench, shipped, case)
+        step = _probe_step(bench, shipped, case, fused)
         outputs: list[Any] = []
         first = bench.manager.time_ms(lambda step=step, out=outputs: out.append(step()))  # type: ignore[misc]
         second = bench.manager.time_ms(lambda step=step, out=outputs: out.append(step()))  # type: ignore[misc]
@@ -170,11 +172,13 @@ def _is_float(leaf: object) -> TypeGuard[torch.Tensor]:
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
-def _probe_step(bench: Bench, model: nn.Module, case: str) -> Callable[[], Any]:
+def _probe_step(
+    bench: Bench, model: nn.Module, case: str, fused: Callable[[Any, Any], torch.Tensor] | None = None
+) -> Callable[[], Any]:
     """Return a call that leaves the parameters alone: a forward, in training with its backward."""
     if not bench.training:
         return bench.step(model, None, case)
-    loss, batch = training_loss(bench.workload), bench.batches[case]
+    loss, batch = fused or training_loss(bench.workload), bench.batches[case]
 
     def forward_backward() -> Any:
         value = loss(model, batch)
@@ -230,7 +234,7 @@ def _measure(bench: Bench, request: TrialRequest, program: Program, shipped: nn.
         part = compare(
             bench.manager,
             bench.step(bench.model, optimizer, case),
-            bench.step(shipped, program.optimizer, case),
+            bench.step(shipped, program.optimizer, case, program.fused_loss),
             max_seconds=max(request.seconds * weight, _LEAST_SECONDS),
             min_pairs=request.pairs or 8,
             max_pairs=request.pairs or 200,

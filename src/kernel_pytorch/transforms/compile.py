@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernel_pytorch.core.program import model_loss
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
@@ -118,8 +119,49 @@ def compiled(program: Program, inner: Callable[..., Any], step: Step) -> Callabl
     return Watched(optimized, program.notes, program.model)
 
 
+class _Inside:
+    """What a loss finds in the place of the model while both are traced as one function.
+
+    Dynamo would look into the model itself for its class's own call, and miss what earlier steps put around it.
+    """
+
+    def __init__(self, model: nn.Module, call: Callable[..., Any]) -> None:
+        self.model = model
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the call that the steps before this one made."""
+        return self.call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def loss_compiled(program: Program, call: Callable[..., Any], step: Step) -> Callable[[Any, Any], torch.Tensor]:
+    """Return the program's loss and the model's `call` compiled as one function, of the signature of the loss."""
+    loss = program.loss or model_loss
+
+    def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
+        stand_in = _Inside(program.model, inner)
+        one = torch.compile(entry_point(lambda batch: loss(stand_in, batch)), **_arguments(step))
+        return Watched(one, program.notes, program.model)
+
+    whole = inside_settings(call, wrap)
+
+    def run(model: Any, batch: Any) -> torch.Tensor:
+        del model  # it is the program's own
+        value: torch.Tensor = whole(batch)
+        return value
+
+    return run
+
+
 class Compile:
-    """`torch.compile`: `mode`, `dynamic=True`, `freezing=True` (inference: weights become constants, prepacked)."""
+    """`torch.compile`: `mode`, `dynamic=True`, `freezing=True` (inference: weights become constants, prepacked).
+
+    In training, `scope=loss` also compiles the loss with the model inside it, for loops that call `kp.fused_loss`: what
+    else a model returns (the logits of a language model) then is no output of the graph, and need not be kept.
+    """
 
     name = "compile"
     summary = "compile the model with torch.compile"
@@ -139,6 +181,8 @@ class Compile:
             return skip
         frozen = workload.mode is Mode.INFERENCE
         settings: list[dict[str, Any]] = [{"mode": "default"}]
+        if not frozen:
+            settings.insert(0, {"mode": "default", "scope": "loss"})
         if frozen:
             settings.append({"mode": "default", "freezing": True})
         if device.vendor in ("nvidia", "amd"):
@@ -173,6 +217,9 @@ class Compile:
                 "specialises on before it runs uncompiled; use dynamic=True"
             )
         refuse_untraceable(program, step)
+        if _with_loss(step, program):
+            program.fused_loss = loss_compiled(program, program.call, step)
+            program.notes.append("the loop must take its loss from kp.fused_loss(model, batch) to have the whole gain")
         program.call = inside_settings(program.call, lambda inner: compiled(program, inner, step))
         program.dynamic = program.dynamic and dynamic
         if mode in _CUDA_GRAPHS:
@@ -186,6 +233,12 @@ class Compile:
         inner = ", ".join(f"{k}={v!r}" for k, v in _arguments(step).items())
         functions: list[Callable[..., Any]] = []
         then = f"call = torch.compile(call, {inner})"
+        if step.params.get("scope") == "loss":
+            then = (
+                "# For a loop that needs the loss alone: fused = fused_loss(loss), then fused(batch), where `loss`\n"
+                "# is loss(model, batch) and gets the model's call.\nplain = call\n\n"
+                f"def fused_loss(loss):\n    return torch.compile(lambda batch: loss(plain, batch), {inner})\n\n" + then
+            )
         if step.params.get("freezing", False):
             functions, then = [frozen], f"call = frozen(call, {inner})"
         if step.params.get("mode") in _CUDA_GRAPHS:
@@ -196,6 +249,17 @@ class Compile:
 
 def _uses_cuda_graphs(step: Step, model: nn.Module) -> bool:
     return step.params.get("mode") in _CUDA_GRAPHS and any(p.is_cuda for p in model.parameters())
+
+
+def _with_loss(step: Step, program: Program) -> bool:
+    scope = step.params.get("scope", "call")
+    if scope not in ("call", "loss"):
+        raise CandidateError(f"unknown scope {scope!r} of compile; expected call or loss")
+    if scope == "loss" and program.mode is not Mode.TRAINING:
+        raise CandidateError(f"{step} compiles a loss; it is for training")
+    if scope == "loss" and step.params.get("mode") in _CUDA_GRAPHS:
+        raise CandidateError(f"{step}: kp.TrainStep records the whole step, with the loss in it")
+    return scope == "loss"
 
 
 def _arguments(step: Step) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _training(subject: Subject, short: NumericsReport, unchecked: list[str], cas
     if want.error:
         return [Check("full size", Gate.TRAINING, math.inf, 0.0, f"the unmodified model raises {want.error}", case)]
     budgets = _rounding(subject, want, batch)
-    got = gradients_of(program.model, program.loss or loss, batch, seed)
+    got = gradients_of(program.model, program.step_loss(loss), batch, seed)
     least = max(_LEAST, _TWO_ROUNDINGS * _typical(short))
     budgets = {name: max(least, budget) for name, budget in budgets.items()} | {"loss": _LOSS}
     checks = gradient_checks(

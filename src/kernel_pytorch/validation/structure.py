@@ -226,7 +226,7 @@ class _Trial:
             sequence = [(_at(c.call, want.precision), c.seed) for c in [*accepted, accepted[0]]]
             seen = observe(model, sequence, self.mode)
             if want.gradients is not None and not seen.error:
-                loss = built.loss or loss_of(self.subject.workload)
+                loss = built.step_loss(loss_of(self.subject.workload))
                 batch = _at(self._batch(small=dynamic), want.precision)
                 gradients = gradients_of(model, loss, batch, self.seed)
         self._compare(want, seen, gradients, accepted)

@@ -110,7 +110,7 @@ def _gradients(subject: Subject, oracle: Oracle, low: list[Step], program: Progr
     kept, budgets = _budgets(want, own, costs, low=bool(low), least=subject.config.max_error if undeclared else 1e-3)
     model = program.model
     with _unchanged(model):
-        got = gradients_of(model, program.loss or loss, batch, seed)
+        got = gradients_of(model, program.step_loss(loss), batch, seed)
     return gradient_checks(
         got, kept, gate=Gate.TRAINING, floor=1e-7, budget=subject.config.max_error, budgets=budgets, whole=True,
         case=case,
@@ -237,7 +237,7 @@ def _curve(
     with _unchanged(program.model):
         optimizer = program.optimizer or _optimizer(workload, program.model)
         before = copy.deepcopy(optimizer.state_dict())
-        got, error = attempt(lambda: _losses(program.model, program.loss or loss, optimizer, batches, seed=seed))
+        got, error = attempt(lambda: _losses(program.model, program.step_loss(loss), optimizer, batches, seed=seed))
         optimizer.load_state_dict(before)
     if error:
         return [Check("loss curve", Gate.TRAINING, math.inf, 0.0, f"raises {error}", case)]
