@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F  # noqa: N812
+
+if TYPE_CHECKING:
+    from kernel_pytorch._triton.launch import Launch
 
 Tensors = Sequence[torch.Tensor]
 Inputs = Mapping[str, torch.Tensor]
@@ -32,6 +35,7 @@ class Case:
         bytes: Least traffic of each phase.
         tolerance: Allowed `||got - want|| / ||want||` of each result.
         tunings: Returns phases like a variant, by the phase and a name for the launch, for `--tune`.
+        comparable: Whether what a tuning returns begins with what the oracle does.
     """
 
     op: str
@@ -42,6 +46,7 @@ class Case:
     bytes: Mapping[str, int]
     tolerance: float = 6e-3
     tunings: Mapping[tuple[str, str], Callable[[Inputs], Callable[[], Any]]] = field(default_factory=dict)
+    comparable: bool = False
 
 
 def differentiable(fn: Callable[..., Any], leaves: Tensors, grads: Tensors, others: Tensors = ()) -> Phases:
@@ -135,6 +140,7 @@ def rms_norm_case(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) 
         },
         bytes={"forward": 2 * unit, "backward": 3 * unit},
         tunings=_norm_tunings("rms_norm", columns),
+        comparable=True,
     )
 
 
@@ -171,6 +177,8 @@ def add_rms_norm_case(rows: int, columns: int, dtype: torch.dtype = torch.bfloat
             "liger": on(liger),
         },
         bytes={"forward": 4 * unit, "backward": 4 * unit},
+        tunings=_norm_tunings("add_rms_norm", columns),
+        comparable=True,
     )
 
 
@@ -207,7 +215,37 @@ def layer_norm_case(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16
         },
         bytes={"forward": 2 * unit, "backward": 3 * unit},
         tunings=_norm_tunings("layer_norm", columns),
+        comparable=True,
     )
+
+
+def _backward_launches(columns: int) -> list[Launch]:
+    """Return the launches worth comparing for rows of `columns` elements, today's first."""
+    from kernel_pytorch._triton.launch import Launch, next_power_of_2
+
+    block = next_power_of_2(columns)
+    if block > 8192:  # one stage: the sums lie in memory; more: in registers, some of which spill
+        return [Launch(1, 32, 1), Launch(1, 16, 1), Launch(1, 16, 2), Launch(1, 32, 1, 3), Launch(1, 16, 1, 3)]
+    if block > 4096:
+        few = [Launch(1, 16, 1, stages) for stages in (2, 3, 4)]
+        return [
+            *few,
+            Launch(1, 16, 1, 4, overlapped=True),
+            Launch(1, 16, 1, ahead=True, overlapped=True),
+            Launch(1, 32, 1, 4, overlapped=True),
+            Launch(1, 8, 1, 4, overlapped=True),
+        ]
+    rows = 4096 // block
+    return [
+        Launch(max(1, rows // 2), 8 if rows == 1 else 4, 2 if rows == 1 else 4, 2),
+        Launch(rows, 8, 2, 3),
+        Launch(rows, 8, 2, 4),
+        Launch(rows, 8, 2, 4, overlapped=True),
+        Launch(rows, 8, 2, ahead=True, overlapped=True),
+        Launch(rows, 16, 1, 4, overlapped=True),
+        Launch(rows, 16, 2, 3, overlapped=True),
+        Launch(max(1, rows // 2), 4, 4 if rows > 1 else 2, 4, overlapped=True),
+    ]
 
 
 def _norm_tunings(op: str, columns: int) -> dict[tuple[str, str], Callable[[Inputs], Callable[[], Any]]]:
@@ -220,14 +258,15 @@ def _norm_tunings(op: str, columns: int) -> dict[tuple[str, str], Callable[[Inpu
         def build(inputs: Inputs) -> Callable[[], Any]:
             import importlib
 
-            kernel = importlib.import_module(f"kernel_pytorch.ops.{op}.{op}_kernel")
-            x, weight, dy = inputs["x"], inputs["weight"], inputs["dy"]
-            if op == "rms_norm":
+            name = op.removeprefix("add_")
+            kernel = importlib.import_module(f"kernel_pytorch.ops.{name}.{name}_kernel")
+            x, weight, dy, residual, dh = (inputs.get(k) for k in ("x", "weight", "dy", "residual", "dh"))
+            if name == "rms_norm":
                 options: dict[str, Any] = {"round_before_weight": False, "dtype": x.dtype}
                 if phase == "forward":
-                    return lambda: kernel.forward(x, weight, None, 1e-6, 0.0, launch=launch, **options)
-                _, h, rstd = kernel.forward(x, weight, None, 1e-6, 0.0, **options)
-                return lambda: kernel.backward(dy, h, weight, rstd, None, 0.0, launch=launch)
+                    return lambda: kernel.forward(x, weight, residual, 1e-6, 0.0, launch=launch, **options)
+                _, h, rstd = kernel.forward(x, weight, residual, 1e-6, 0.0, **options)
+                return lambda: kernel.backward(dy, h, weight, rstd, dh, 0.0, launch=launch)
             bias = inputs["bias"]
             if phase == "forward":
                 return lambda: kernel.forward(x, weight, bias, None, 1e-5, launch=launch)
@@ -241,13 +280,10 @@ def _norm_tunings(op: str, columns: int) -> dict[tuple[str, str], Callable[[Inpu
             rows, warps = elements // block, elements // per_thread // 32
             if 1 <= warps <= 32:
                 tunings["forward", f"rows={rows} warps={warps}"] = calls(Launch(rows, warps), "forward")
-    for per_thread in (8, 16, 32):
-        elements = max(block, 2048)
-        rows, warps = elements // block, elements // per_thread // 32
-        for residents, stages in ((1, 2), (1, 3), (2, 1), (2, 2), (2, 3), (4, 1)):
-            if 1 <= warps <= 32 and warps * residents <= 64 and (stages == 1 or block <= 8192):
-                name = f"rows={rows} warps={warps} per_sm={residents} stages={stages}"
-                tunings["backward", name] = calls(Launch(rows, warps, residents, stages), "backward")
+    for launch in _backward_launches(columns):
+        words = [f"rows={launch.rows} warps={launch.warps} per_sm={launch.per_multiprocessor} stages={launch.stages}"]
+        words += [word for word in ("ahead", "overlapped") if getattr(launch, word)]
+        tunings["backward", " ".join(words)] = calls(launch, "backward")
     return tunings
 
 
@@ -412,4 +448,10 @@ def cases(*, smoke: bool = False) -> list[Case]:
         layer_norm_case(8192, 8192),
         rope_case(1, 64, 8, 8192, 128),
         gated_case("gelu", 16384, 4096),
+        layer_norm_case(16384, 768),
+        rms_norm_case(16384, 768),
+        rms_norm_case(16384, 2048),
+        rms_norm_case(16384, 5120),
+        layer_norm_case(16384, 5120),
+        rms_norm_case(8192, 4096),
     ]

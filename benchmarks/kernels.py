@@ -6,6 +6,7 @@ work, and two CUDA events bracket it, so that the time is the GPU's own. Bandwid
 moves, whatever a variant moves, and is told as a share of what large copies reach in the same run.
 
     python benchmarks/kernels.py -o benchmarks/results/DEVICE/kernels.json [--only rms_norm] [--quick] [--tune]
+        [--shapes 16384x4096,8192x8192] [--phase backward]
 
 Finished cases in the file are kept; `--smoke` runs tiny shapes on the CPU, under TRITON_INTERPRET=1 the kernels too.
 """
@@ -28,7 +29,7 @@ from torch._functorch import config as functorch_config
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from kernel_cases import Case, Inputs, cases
+from kernel_cases import Case, Inputs, Phases, cases
 
 BUSY_CYCLES = 1_000_000
 """Clock cycles the GPU waits before each timed run: about 0.6 ms, more than the host needs to queue one backward."""
@@ -69,6 +70,19 @@ def all_cases(*, smoke: bool) -> list[Case]:
             continue
         found += module.SMOKE_CASES if smoke and hasattr(module, "SMOKE_CASES") else [] if smoke else module.CASES
     return found
+
+
+def limited(case: Case, phase: str) -> Case:
+    """Return the case with one phase alone."""
+
+    def only(build: Callable[[Inputs], Phases]) -> Callable[[Inputs], Phases]:
+        return lambda inputs: {phase: build(inputs)[phase]}
+
+    return dataclasses.replace(
+        case,
+        bytes={phase: case.bytes[phase]},
+        variants={name: only(build) for name, build in case.variants.items()},
+    )
 
 
 def copy_bandwidth(clock: Clock, device: torch.device, *, smoke: bool) -> dict[str, Any]:
@@ -171,17 +185,23 @@ def own(inputs: Inputs) -> Inputs:
 
 
 def tune(case: Case, clock: Clock, device: torch.device, samples: int, copy: float) -> list[dict[str, Any]]:
-    """Return one row for each launch of the case's tunings."""
+    """Return one row for each launch of the case's tunings; results are compared first where they can be."""
     inputs, rows = case.make(device), []
+    truth = case.oracle(inputs) if case.comparable else None
     for phase in case.bytes:
-        calls = {}
+        calls: dict[str, Callable[[], Any]] = {}
         for (which, name), build in case.tunings.items():
             if which == phase:
+                poison(device)
                 try:
                     run = build(inputs)
-                    run()
+                    results = run()
+                    worst = max(map(relative_error, results, truth[phase])) if truth else 0.0
                 except Exception as error:
                     rows.append(row(case, name, phase, failed=f"{type(error).__name__}: {error}"[:200]))
+                    continue
+                if not worst <= case.tolerance:
+                    rows.append(row(case, name, phase, failed=f"error {worst:.2e} > {case.tolerance:.0e}"))
                     continue
                 calls[name] = run
         times, failed = rounds(clock, calls, samples)
@@ -223,10 +243,28 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def best(rows: list[dict[str, Any]]) -> str:
+    """Return the fastest of each case and phase, one line each, and how many were within 2 % of it."""
+    lines: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for r in rows:
+        if "median_ms" in r:
+            lines.setdefault((r["op"], r["case"], r["phase"]), []).append(r)
+    text = []
+    for (op, case, phase), found in lines.items():
+        first = min(found, key=lambda r: r["median_ms"])
+        near = sum(r["median_ms"] <= 1.02 * first["median_ms"] for r in found) - 1
+        text.append(
+            f"{op} {case} {phase}: {first['variant']} {first['median_ms']:.3f} ({first['of_copy']:.0%}), {near} near"
+        )
+    return "\n".join(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--only", help="operations, separated by commas")
+    parser.add_argument("--shapes", help="only cases whose label begins with one of these words, separated by commas")
+    parser.add_argument("--phase", help="only this phase: forward, backward or step")
     parser.add_argument("--quick", action="store_true", help="only the first case of each operation")
     parser.add_argument("--tune", action="store_true", help="compare launches of the kernels instead")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
@@ -245,6 +283,10 @@ def main() -> None:
     wanted = all_cases(smoke=args.smoke)
     if args.only:
         wanted = [case for case in wanted if case.op in args.only.split(",")]
+    if args.shapes:
+        wanted = [case for case in wanted if case.label.split()[0] in args.shapes.split(",")]
+    if args.phase:
+        wanted = [limited(case, args.phase) for case in wanted if args.phase in case.bytes]
     if args.quick:
         wanted = list({case.op: case for case in reversed(wanted)}.values())[::-1]
     done = {(r["op"], r["case"]) for r in artefact[kind]}
@@ -266,7 +308,10 @@ def main() -> None:
             torch.cuda.empty_cache()
     names = {(case.op, case.label) for case in wanted}
     print(f"copy {copy['bytes_per_s'] / 1e12:.2f} TB/s; {time.perf_counter() - begun:.0f} s; ms (share of copy):")
-    print(table([r for r in artefact[kind] if (r["op"], r["case"]) in names]))
+    shown = [r for r in artefact[kind] if (r["op"], r["case"]) in names]
+    print(table(shown))
+    if args.tune:
+        print("\nbest:\n" + best(shown))
 
 
 if __name__ == "__main__":

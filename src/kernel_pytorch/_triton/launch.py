@@ -17,10 +17,13 @@ __all__ = [
     "INTERPRETED",
     "Launch",
     "as_rows",
+    "can_overlap",
     "cannot_run",
+    "looping_launch",
     "multiprocessors",
     "next_power_of_2",
     "on_device_of",
+    "shared_bytes",
 ]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "") == "1"
@@ -28,6 +31,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "") == "1"
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _FEW_MULTIPROCESSORS = 3
+_LITTLE_SHARED = 1 << 16
+_MOST_BUFFERS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +43,18 @@ class Launch:
         rows: Rows a program works on at a time.
         warps: Warps a program.
         per_multiprocessor: Programs for each multiprocessor, of kernels whose programs loop over rows; 0 of others.
-        stages: Rows in flight in a loop: more than one prefetches through shared memory.
+        stages: Stages of a loop over rows. Triton fills `stages - 1` buffers of shared memory, and asks for the next
+            rows only after those at hand are worked on: with two stages nothing is in flight meanwhile.
+        ahead: Whether a loop over rows loads the next ones into registers before it works on those at hand.
+        overlapped: Whether the kernel that sums the partial sums is launched while this one ends (NVIDIA, sm_90 on).
     """
 
     rows: int
     warps: int
     per_multiprocessor: int = 0
     stages: int = 1
+    ahead: bool = False
+    overlapped: bool = False
 
 
 def cannot_run(*tensors: torch.Tensor | None) -> Skip | None:
@@ -76,6 +86,47 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return _FEW_MULTIPROCESSORS
     return _multiprocessors(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _shared_bytes(index: int) -> int:
+    found = torch.cuda.get_device_properties(index)
+    # ROCm builds of PyTorch lack the first name; there a program may have all of it without asking.
+    return int(getattr(found, "shared_memory_per_block_optin", None) or found.shared_memory_per_block)
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Return the shared memory (LDS) that one program may have at most on a GPU; 64 KiB under the interpreter."""
+    if device.type != "cuda":
+        return _LITTLE_SHARED
+    return _shared_bytes(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def can_overlap(device: torch.device) -> bool:
+    """Return whether a kernel can be launched while the one before it ends: NVIDIA GPUs from sm_90 on."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return _capability(device.index if device.index is not None else torch.cuda.current_device()) >= (9, 0)
+
+
+def looping_launch(columns: int, bytes_per_column: int, shared: int) -> Launch:
+    """Return the launch of a kernel whose programs loop over rows: 16 elements a thread, up to three tiles in flight.
+
+    Args:
+        columns: Elements of a row.
+        bytes_per_column: What the loop reads for each element of a row, of all tensors together.
+        shared: Shared memory of one multiprocessor, in bytes; the programs on it divide it.
+    """
+    block = next_power_of_2(columns)
+    warps = min(32, max(8, block // 512))
+    rows, programs = max(1, min(16, 4096 // block)), max(1, 16 // warps)
+    buffers = min(_MOST_BUFFERS, (shared // programs - 2048) // (rows * block * bytes_per_column))
+    return Launch(rows=rows, warps=warps, per_multiprocessor=programs, stages=buffers + 1 if buffers > 1 else 1)
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, operator"
-# ruff: noqa: ANN001, ANN202, N803, PLR0917
+# ruff: noqa: ANN001, ANN202, C901, N803, PLR0912, PLR0915, PLR0917
 """Triton kernels of LayerNorm: a row lies in the registers of one program, so memory is touched once.
 
 Least traffic, in units of the bytes of `x`: forward 2 (read x, write y), with residual 4; backward 3 (read h and dy,
@@ -9,12 +9,23 @@ of weight and bias are summed as in `rms_norm_kernel`: a fixed number of program
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 
-from kernel_pytorch._triton.column_sum_kernel import column_sum
-from kernel_pytorch._triton.launch import Launch, as_rows, multiprocessors, next_power_of_2, on_device_of
+from kernel_pytorch._triton.column_sum_kernel import column_sums
+from kernel_pytorch._triton.launch import (
+    Launch,
+    as_rows,
+    can_overlap,
+    looping_launch,
+    multiprocessors,
+    next_power_of_2,
+    on_device_of,
+    shared_bytes,
+)
 from kernel_pytorch._triton.targets import CompileCase
 
 __all__ = ["COMPILE_CASES", "backward", "backward_launch", "forward", "forward_launch"]
@@ -71,6 +82,12 @@ def layer_norm_forward_kernel(
 
 
 @triton.jit
+def load_rows(x, row, stride, column, rows, inside):
+    mask = (row < rows)[:, None] & inside[None, :]
+    return tl.load(x + row[:, None] * stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def layer_norm_backward_kernel(
     dy,
     h,
@@ -90,36 +107,56 @@ def layer_norm_backward_kernel(
     BLOCK: tl.constexpr,
     IN_MEMORY: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):
     # Prefetching would read the sums held in memory before the row before it is added.
     tl.static_assert(not IN_MEMORY or STAGES == 1)
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_launch_dependents()
     column = tl.arange(0, BLOCK)
     inside = column < columns
     scale = tl.load(weight + column, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
     share = tl.program_id(0).to(tl.int64) * columns + column
     weight_total = tl.zeros([ROWS, BLOCK], tl.float32)
     bias_total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+    step = tl.num_programs(0) * ROWS
+    if AHEAD:
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        next_grad = load_rows(dy, row, dy_stride, column, rows, inside)
+        next_value = load_rows(h, row, h_stride, column, rows, inside)
+        next_average = tl.load(mean + row, mask=row < rows, other=0.0)
+        next_reciprocal = tl.load(rstd + row, mask=row < rows, other=0.0)
+        if dh is not None:
+            next_added = load_rows(dh, row, dh_stride, column, rows, inside)
+    for start in tl.range(tl.program_id(0) * ROWS, rows, step, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
-        mask = (row < rows)[:, None] & inside[None, :]
-        grad = tl.load(
-            dy + row[:, None] * dy_stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
-        )
-        value = tl.load(
-            h + row[:, None] * h_stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
-        )
-        average = tl.load(mean + row, mask=row < rows, other=0.0)
-        reciprocal = tl.load(rstd + row, mask=row < rows, other=0.0)
+        if AHEAD:
+            grad, value, average, reciprocal = next_grad, next_value, next_average, next_reciprocal
+            next_grad = load_rows(dy, row + step, dy_stride, column, rows, inside)
+            next_value = load_rows(h, row + step, h_stride, column, rows, inside)
+            next_average = tl.load(mean + row + step, mask=row + step < rows, other=0.0)
+            next_reciprocal = tl.load(rstd + row + step, mask=row + step < rows, other=0.0)
+            if dh is not None:
+                added = next_added
+                next_added = load_rows(dh, row + step, dh_stride, column, rows, inside)
+        else:
+            grad = load_rows(dy, row, dy_stride, column, rows, inside)
+            value = load_rows(h, row, h_stride, column, rows, inside)
+            average = tl.load(mean + row, mask=row < rows, other=0.0)
+            reciprocal = tl.load(rstd + row, mask=row < rows, other=0.0)
+            if dh is not None:
+                added = load_rows(dh, row, dh_stride, column, rows, inside)
         grad = grad.to(tl.float32)
         normalised = (value.to(tl.float32) - average[:, None]) * reciprocal[:, None]
         scaled = grad * scale[None, :]
-        shifted = tl.sum(scaled, axis=1) / columns
-        aligned = tl.sum(scaled * normalised, axis=1) / columns
-        result = (scaled - shifted[:, None] - normalised * aligned[:, None]) * reciprocal[:, None]
+        # Both sums in one exchange between the warps.
+        shifted, aligned = tl.split(tl.sum(tl.join(scaled, scaled * normalised), axis=1) / columns)
+        common = normalised * (aligned * reciprocal)[:, None] + (shifted * reciprocal)[:, None]
+        result = scaled * reciprocal[:, None] - common
         if dh is not None:
-            result += tl.load(
-                dh + row[:, None] * dh_stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
-            ).to(tl.float32)
+            result += added.to(tl.float32)
+        mask = (row < rows)[:, None] & inside[None, :]
         tl.store(dx + row[:, None] * columns + column[None, :], result.to(dx.dtype.element_ty), mask=mask)
         if IN_MEMORY:
             held = tl.load(weight_partials + share, mask=inside, other=0.0)
@@ -144,16 +181,10 @@ def forward_launch(columns: int) -> Launch:
     return Launch(rows=max(1, min(16, 4096 // block)), warps=min(32, max(4, block // 1024)))
 
 
-def backward_launch(columns: int) -> Launch:
-    """Return the launch for rows of `columns` elements: 16 elements a thread, for five rows of them are alive."""
-    block = next_power_of_2(columns)
-    warps = min(32, max(4, block // 512))
-    return Launch(
-        rows=max(1, min(16, 2048 // block)),
-        warps=warps,
-        per_multiprocessor=max(1, 16 // warps),
-        stages=1 if block > _MOST_ACCUMULATED else 2,
-    )
+def backward_launch(columns: int, bytes_per_column: int, shared: int) -> Launch:
+    """Return the launch for rows of `columns` elements; arguments as `looping_launch`."""
+    launch = looping_launch(columns, bytes_per_column, shared)
+    return launch if next_power_of_2(columns) <= _MOST_ACCUMULATED else dataclasses.replace(launch, stages=1)
 
 
 def forward(
@@ -213,17 +244,18 @@ def backward(
     grad, wide = as_rows(dy), as_rows(h)
     rows, columns = wide.shape
     dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    biases = columns if with_bias else 0
     if rows == 0:
         zeros = torch.zeros(columns, dtype=weight.dtype, device=h.device)
-        return dx, zeros, zeros.new_zeros(biases)
-    launch = launch or backward_launch(columns)
+        return dx, zeros, zeros.new_zeros(columns if with_bias else 0)
+    added = None if dh is None else as_rows(dh)
+    per_column = sum(x.element_size() for x in (grad, wide, added) if x is not None)
+    launch = launch or backward_launch(columns, per_column, shared_bytes(h.device))
     block = next_power_of_2(columns)
     programs = min(triton.cdiv(rows, launch.rows), launch.per_multiprocessor * multiprocessors(h.device))
-    in_memory = block > _MOST_ACCUMULATED
+    overlapped = launch.overlapped and can_overlap(h.device)
+    in_memory = block > _MOST_ACCUMULATED and launch.stages == 1
     make = torch.zeros if in_memory else torch.empty
-    partials = make(2, programs, columns, dtype=torch.float32, device=h.device)
-    added = None if dh is None else as_rows(dh)
+    partials = make(1 + with_bias, programs, columns, dtype=torch.float32, device=h.device)
     with on_device_of(h):
         layer_norm_backward_kernel[(programs,)](
             grad,
@@ -244,10 +276,13 @@ def backward(
             BLOCK=block,
             IN_MEMORY=in_memory,
             STAGES=launch.stages,
+            AHEAD=launch.ahead,
+            OVERLAPPED=overlapped,
             num_warps=launch.warps,
             enable_fp_fusion=True,
         )
-    return dx, column_sum(partials[0], weight.dtype), column_sum(partials[1][:, :biases], weight.dtype)
+    dweight, *dbias = column_sums(partials, weight.dtype, overlapped=overlapped)
+    return dx, dweight, dbias[0] if dbias else weight.new_empty(0)
 
 
 def _forward_case(kind: str, columns: int, *, residual: bool, label: str) -> CompileCase:
@@ -261,7 +296,8 @@ def _forward_case(kind: str, columns: int, *, residual: bool, label: str) -> Com
 
 
 def _backward_case(kind: str, columns: int, *, residual: bool, label: str) -> CompileCase:
-    launch = backward_launch(columns)
+    per_column = {"bf16": 2, "fp16": 2, "fp32": 4}[kind] * (3 if residual else 2)
+    launch = backward_launch(columns, per_column, 227 << 10)
     pointers = dict.fromkeys(("dy", "h", "weight", "dx"), f"*{kind}")
     pointers |= dict.fromkeys(("mean", "rstd", "weight_partials", "bias_partials"), "*fp32")
     pointers |= {"dh": f"*{kind}"} if residual else {}
@@ -272,6 +308,8 @@ def _backward_case(kind: str, columns: int, *, residual: bool, label: str) -> Co
         "BLOCK": block,
         "IN_MEMORY": block > _MOST_ACCUMULATED,
         "STAGES": launch.stages,
+        "AHEAD": launch.ahead,
+        "OVERLAPPED": launch.overlapped,
     }
     constants |= {} if residual else {"dh": None}
     return CompileCase(layer_norm_backward_kernel, pointers | scalars, constants, launch.warps, label=label)

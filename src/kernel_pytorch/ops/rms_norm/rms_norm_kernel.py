@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, operator"
-# ruff: noqa: ANN001, ANN202, N803, PLR0917
+# ruff: noqa: ANN001, ANN202, C901, N803, PLR0917
 """Triton kernels of RMSNorm: a row lies in the registers of one program, so memory is touched once.
 
 Least traffic, in units of the bytes of `x`: forward 2 (read x, write y), with residual 4; backward 3 (read h and dy,
@@ -9,12 +9,23 @@ its own rows in a fixed order, and then over the programs: the same bits in ever
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 
-from kernel_pytorch._triton.column_sum_kernel import column_sum
-from kernel_pytorch._triton.launch import Launch, as_rows, multiprocessors, next_power_of_2, on_device_of
+from kernel_pytorch._triton.column_sum_kernel import column_sums
+from kernel_pytorch._triton.launch import (
+    Launch,
+    as_rows,
+    can_overlap,
+    looping_launch,
+    multiprocessors,
+    next_power_of_2,
+    on_device_of,
+    shared_bytes,
+)
 from kernel_pytorch._triton.targets import CompileCase
 
 __all__ = ["COMPILE_CASES", "backward", "backward_launch", "forward", "forward_launch"]
@@ -67,6 +78,12 @@ def rms_norm_forward_kernel(
 
 
 @triton.jit
+def load_rows(x, row, stride, column, rows, inside):
+    mask = (row < rows)[:, None] & inside[None, :]
+    return tl.load(x + row[:, None] * stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def rms_norm_backward_kernel(
     dy,
     h,
@@ -85,34 +102,51 @@ def rms_norm_backward_kernel(
     BLOCK: tl.constexpr,
     IN_MEMORY: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):
     # Prefetching would read the sum held in memory before the row before it is added.
     tl.static_assert(not IN_MEMORY or STAGES == 1)
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_launch_dependents()
     column = tl.arange(0, BLOCK)
     inside = column < columns
     scale = tl.load(weight + column, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
     scale += weight_offset
     share = partials + tl.program_id(0).to(tl.int64) * columns + column
     total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+    step = tl.num_programs(0) * ROWS
+    if AHEAD:
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        next_grad = load_rows(dy, row, dy_stride, column, rows, inside)
+        next_value = load_rows(h, row, h_stride, column, rows, inside)
+        next_reciprocal = tl.load(rstd + row, mask=row < rows, other=0.0)
+        if dh is not None:
+            next_added = load_rows(dh, row, dh_stride, column, rows, inside)
+    for start in tl.range(tl.program_id(0) * ROWS, rows, step, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
-        mask = (row < rows)[:, None] & inside[None, :]
-        grad = tl.load(
-            dy + row[:, None] * dy_stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
-        )
-        value = tl.load(
-            h + row[:, None] * h_stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
-        )
-        reciprocal = tl.load(rstd + row, mask=row < rows, other=0.0)
+        if AHEAD:
+            grad, value, reciprocal = next_grad, next_value, next_reciprocal
+            next_grad = load_rows(dy, row + step, dy_stride, column, rows, inside)
+            next_value = load_rows(h, row + step, h_stride, column, rows, inside)
+            next_reciprocal = tl.load(rstd + row + step, mask=row + step < rows, other=0.0)
+            if dh is not None:
+                added = next_added
+                next_added = load_rows(dh, row + step, dh_stride, column, rows, inside)
+        else:
+            grad = load_rows(dy, row, dy_stride, column, rows, inside)
+            value = load_rows(h, row, h_stride, column, rows, inside)
+            reciprocal = tl.load(rstd + row, mask=row < rows, other=0.0)
+            if dh is not None:
+                added = load_rows(dh, row, dh_stride, column, rows, inside)
         grad = grad.to(tl.float32)
         normalised = value.to(tl.float32) * reciprocal[:, None]
         scaled = grad * scale[None, :]
         aligned = tl.sum(scaled * normalised, axis=1) / columns
         result = (scaled - normalised * aligned[:, None]) * reciprocal[:, None]
         if dh is not None:
-            result += tl.load(
-                dh + row[:, None] * dh_stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
-            ).to(tl.float32)
+            result += added.to(tl.float32)
+        mask = (row < rows)[:, None] & inside[None, :]
         tl.store(dx + row[:, None] * columns + column[None, :], result.to(dx.dtype.element_ty), mask=mask)
         if IN_MEMORY:
             held = tl.load(share, mask=inside, other=0.0)
@@ -130,16 +164,10 @@ def forward_launch(columns: int) -> Launch:
     return Launch(rows=max(1, min(16, 4096 // block)), warps=min(32, max(4, block // 1024)))
 
 
-def backward_launch(columns: int) -> Launch:
-    """Return the launch for rows of `columns` elements: 16 elements a thread, for three rows of them are alive."""
-    block = next_power_of_2(columns)
-    warps = min(32, max(4, block // 512))
-    return Launch(
-        rows=max(1, min(16, 2048 // block)),
-        warps=warps,
-        per_multiprocessor=max(1, 16 // warps),
-        stages=1 if block > _MOST_ACCUMULATED else 2,
-    )
+def backward_launch(columns: int, bytes_per_column: int, shared: int) -> Launch:
+    """Return the launch for rows of `columns` elements; arguments as `looping_launch`."""
+    launch = looping_launch(columns, bytes_per_column, shared)
+    return launch if next_power_of_2(columns) <= _MOST_ACCUMULATED else dataclasses.replace(launch, stages=1)
 
 
 def forward(
@@ -202,13 +230,15 @@ def backward(
     dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     if rows == 0:
         return dx, torch.zeros_like(weight)
-    launch = launch or backward_launch(columns)
+    added = None if dh is None else as_rows(dh)
+    per_column = sum(x.element_size() for x in (grad, wide, added) if x is not None)
+    launch = launch or backward_launch(columns, per_column, shared_bytes(h.device))
     block = next_power_of_2(columns)
     programs = min(triton.cdiv(rows, launch.rows), launch.per_multiprocessor * multiprocessors(h.device))
-    in_memory = block > _MOST_ACCUMULATED
+    overlapped = launch.overlapped and can_overlap(h.device)
+    in_memory = block > _MOST_ACCUMULATED and launch.stages == 1
     make = torch.zeros if in_memory else torch.empty
-    partials = make(programs, columns, dtype=torch.float32, device=h.device)
-    added = None if dh is None else as_rows(dh)
+    partials = make(1, programs, columns, dtype=torch.float32, device=h.device)
     with on_device_of(h):
         rms_norm_backward_kernel[(programs,)](
             grad,
@@ -228,10 +258,12 @@ def backward(
             BLOCK=block,
             IN_MEMORY=in_memory,
             STAGES=launch.stages,
+            AHEAD=launch.ahead,
+            OVERLAPPED=overlapped,
             num_warps=launch.warps,
             enable_fp_fusion=True,
         )
-    return dx, column_sum(partials, weight.dtype)
+    return dx, column_sums(partials, weight.dtype, overlapped=overlapped)[0]
 
 
 def _forward_case(kind: str, columns: int, *, residual: bool, label: str) -> CompileCase:
@@ -250,7 +282,8 @@ def _forward_case(kind: str, columns: int, *, residual: bool, label: str) -> Com
 
 
 def _backward_case(kind: str, columns: int, *, residual: bool, label: str) -> CompileCase:
-    launch = backward_launch(columns)
+    per_column = {"bf16": 2, "fp16": 2, "fp32": 4}[kind] * (3 if residual else 2)
+    launch = backward_launch(columns, per_column, 227 << 10)
     pointers = dict.fromkeys(("dy", "h", "weight", "dx"), f"*{kind}") | {"rstd": "*fp32", "partials": "*fp32"}
     pointers |= {"dh": f"*{kind}"} if residual else {}
     scalars = dict.fromkeys(("dy_stride", "h_stride", "dh_stride", "rows", "columns"), "i32")
@@ -261,6 +294,8 @@ def _backward_case(kind: str, columns: int, *, residual: bool, label: str) -> Co
         "BLOCK": block,
         "IN_MEMORY": block > _MOST_ACCUMULATED,
         "STAGES": launch.stages,
+        "AHEAD": launch.ahead,
+        "OVERLAPPED": launch.overlapped,
     }
     constants |= {} if residual else {"dh": None}
     return CompileCase(rms_norm_backward_kernel, pointers | scalars, constants, launch.warps, label=label)
