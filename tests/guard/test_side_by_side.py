@@ -1,0 +1,196 @@
+"""Two workers take turns: what is compared, what is refused, and what is left when a side fails. Real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kernel_pytorch.core.types import Event, Verdict
+from kernel_pytorch.errors import KptError
+from kernel_pytorch.guard.compare import compare_sides
+from kernel_pytorch.guard.side_by_side import Limits, NotComparableError, Side, SideError
+from kernel_pytorch.guard.types import Comparison
+
+pytestmark = pytest.mark.serial
+HERE = Path(__file__).parent
+TARGETS = HERE / "workloads.py"
+
+
+def side(label: str, factory: str, **options: object) -> Side:
+    return Side(label, f"{TARGETS}:{factory}", **options)  # type: ignore[arg-type]
+
+
+def run(base: str, head: str, *, mode: str = "inference", hang: float = 60.0, **options: object) -> Comparison:
+    options = {"max_seconds": 4.0, "max_pairs": 20, "limits": Limits(hang=hang), **options}
+    return compare_sides(side("base", base, mode=mode), side("head", head, mode=mode), **options)  # type: ignore[arg-type]
+
+
+def no_workers_left() -> bool:
+    """Whether no worker of this process is left, after a moment for the kernel to take them away."""
+    for _ in range(50):
+        left = [p for p in psutil.Process().children(recursive=True) if "worker.py" in " ".join(_command_line(p))]
+        if not left:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_slower_head_fails_with_the_facts_of_both_sides() -> None:
+    told: list[Event] = []
+    found = run("quick", "slow", listen=told.append, name="net", command="kpt compare a b", max_seconds=20.0)
+    assert found.verdict is Verdict.FAIL, found
+    assert found.change is not None
+    assert found.change.low > 1.0
+    assert len(found.base_samples_ms) == len(found.head_samples_ms) >= 10
+    assert (found.kind, found.name, found.paired, found.command) == ("compare", "net", True, "kpt compare a b")
+    for facts, label in ((found.base, "base"), (found.head, "head")):
+        assert facts.label == label
+        assert {"python", "torch", "kernel_pytorch", "numpy"} <= {*facts.software}
+        assert facts.device_key
+        assert facts.python == sys.executable
+        assert facts.telemetry["warm_up_calls"] >= 2
+        assert "cpu_others_percent" not in facts.telemetry
+    assert found.base.fingerprint == found.head.fingerprint != ""
+    assert any("turns" in event.message for event in told)
+    assert no_workers_left()
+
+
+def test_training_samples_are_whole_steps_and_the_runs_have_names_of_their_own() -> None:
+    first, second = (run("quick", "quick", mode="training", max_pairs=2) for _ in range(2))
+    assert first.verdict is Verdict.INCONCLUSIVE
+    assert "too few" in first.reason
+    assert first.id != second.id
+    assert first.name == f"{TARGETS}:quick"
+    assert len(first.head_samples_ms) == 2
+
+
+def test_cases_are_weighted_into_one_series() -> None:
+    found = run("two_cases", "two_cases", max_pairs=4)
+    assert len(found.head_samples_ms) == 4
+    assert {"first_call_ms small", "first_call_ms large"} <= {*found.head.telemetry}
+
+
+@pytest.mark.parametrize(
+    ("factory", "why", "tail"),
+    [
+        ("raises", "raised while being timed: RuntimeError: one call too many", "workloads.py"),
+        ("dies", "died by signal 9 (SIGKILL)", "about to be killed"),
+        ("hangs", "no answer within 2 s", "about to hang"),
+        ("exits", "raised while", "SystemExit"),
+    ],
+)
+def test_failing_side_is_inconclusive_and_keeps_what_was_sampled(factory: str, why: str, tail: str) -> None:
+    found = run("quick", factory, hang=2.0, max_pairs=400, max_seconds=30.0)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert found.reason.startswith("head: ")
+    assert why in found.reason
+    assert any(tail in note for note in found.notes), found.notes
+    assert len(found.base_samples_ms) == len(found.head_samples_ms) >= 2
+    assert found.change is not None
+    assert any("pairs were sampled" in note for note in found.notes)
+    assert found.base.fingerprint
+    assert no_workers_left()
+
+
+def test_model_that_prints_does_not_disturb_the_protocol() -> None:
+    found = run("prints", "prints", max_pairs=4)
+    assert len(found.head_samples_ms) == 4, found.reason
+
+
+def test_worker_that_is_killed_from_outside(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    head = side("head", "remembers", env={"KPT_TEST_PID_FILE": str(pid_file)})
+
+    def kill(event: Event) -> None:
+        if "turns" in event.message:
+            os.kill(int(pid_file.read_text()), signal.SIGKILL)
+
+    found = compare_sides(side("base", "quick"), head, max_seconds=5.0, listen=kill)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert "SIGKILL" in found.reason
+    assert found.change is None
+    assert found.head_samples_ms == ()
+
+
+@pytest.mark.parametrize(("head", "what"), [("wider", "models"), ("other_inputs", "inputs")])
+def test_different_work_is_refused(head: str, what: str) -> None:
+    with pytest.raises(NotComparableError, match=f"different {what}") as caught:
+        run("quick", head)
+    assert caught.value.fix
+    assert no_workers_left()
+
+
+def test_another_model_may_be_allowed() -> None:
+    assert len(run("quick", "wider", same_model=False, max_pairs=2).head_samples_ms) == 2
+
+
+def test_what_the_target_refuses_is_told_with_its_kind_and_trace() -> None:
+    with pytest.raises(SideError, match=r"head: .*no 'qiuck'.*did you mean 'quick'") as caught:
+        run("quick", "qiuck")
+    assert caught.value.kind == "TargetError"
+    with pytest.raises(SideError, match="no disk") as caught:
+        run("raises_at_once", "quick")
+    assert caught.value.label == "base"
+    assert "workloads.py" in caught.value.user_traceback
+
+
+def test_plan_that_cannot_be_read_is_told() -> None:
+    with pytest.raises(SideError, match="no plan") as caught:
+        compare_sides(side("unmodified", "quick"), side("plan", "quick", plan="/nowhere"))
+    assert caught.value.kind == "PlanError"
+
+
+def test_arguments_that_make_no_sense() -> None:
+    with pytest.raises(KptError, match="target or a command"):
+        Side("base")
+    with pytest.raises(KptError, match="mode"):
+        side("base", "quick", mode="serving")
+    with pytest.raises(KptError, match="max_seconds"):
+        compare_sides(side("base", "quick"), side("head", "quick"), max_seconds=0.0)
+    with pytest.raises(KptError, match="the other a command"):
+        compare_sides(side("base", "quick"), Side("head", command=("true",)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_whatever_ends_the_run_ends_its_workers(number: signal.Signals, tmp_path: Path) -> None:
+    script = tmp_path / "driver.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from kernel_pytorch.guard.compare import compare_sides
+        from kernel_pytorch.guard.side_by_side import Side
+        compare_sides(
+            Side("base", {f"{TARGETS}:quick"!r}), Side("head", {f"{TARGETS}:hangs"!r}), max_seconds=600.0,
+            listen=lambda event: print(event.message, flush=True),
+        )
+        """)
+    )
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as driver:
+        assert driver.stdout is not None
+        for line in driver.stdout:
+            if "turns" in line:
+                break
+        workers = psutil.Process(driver.pid).children(recursive=True)
+        assert len(workers) >= 2
+        driver.send_signal(number)
+        driver.wait(30)
+        _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
