@@ -23,6 +23,7 @@ __all__ = [
     "multiprocessors",
     "next_power_of_2",
     "on_device_of",
+    "resident_options",
     "shared_bytes",
 ]
 
@@ -33,6 +34,8 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 _FEW_MULTIPROCESSORS = 3
 _LITTLE_SHARED = 1 << 16
 _MOST_BUFFERS = 3
+_REGISTERS = 1 << 16
+"""Of a multiprocessor, on all NVIDIA GPUs that Triton supports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,16 @@ def can_overlap(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return _capability(device.index if device.index is not None else torch.cuda.current_device()) >= (9, 0)
+
+
+def resident_options(launch: Launch, device: torch.device) -> dict[str, int]:
+    """Return the compiler's options under which a multiprocessor has registers for all its programs at once.
+
+    Left alone, the compiler takes up to 160 registers a thread for a loop that needs 128 for two programs of 8 warps.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or launch.per_multiprocessor < 2:
+        return {}
+    return {"maxnreg": min(255, _REGISTERS // (32 * launch.warps * launch.per_multiprocessor))}
 
 
 def looping_launch(columns: int, bytes_per_column: int, shared: int) -> Launch:

@@ -24,6 +24,7 @@ from kernel_pytorch._triton.launch import (
     multiprocessors,
     next_power_of_2,
     on_device_of,
+    resident_options,
     shared_bytes,
 )
 from kernel_pytorch._triton.targets import CompileCase
@@ -280,6 +281,7 @@ def backward(
             OVERLAPPED=overlapped,
             num_warps=launch.warps,
             enable_fp_fusion=True,
+            **resident_options(launch, h.device),
         )
     dweight, *dbias = column_sums(partials, weight.dtype, overlapped=overlapped)
     return dx, dweight, dbias[0] if dbias else weight.new_empty(0)

@@ -24,6 +24,7 @@ from kernel_pytorch._triton.launch import (
     multiprocessors,
     next_power_of_2,
     on_device_of,
+    resident_options,
     shared_bytes,
 )
 from kernel_pytorch._triton.targets import CompileCase
@@ -262,6 +263,7 @@ def backward(
             OVERLAPPED=overlapped,
             num_warps=launch.warps,
             enable_fp_fusion=True,
+            **resident_options(launch, h.device),
         )
     return dx, column_sums(partials, weight.dtype, overlapped=overlapped)[0]
 
