@@ -101,7 +101,7 @@ def dependence_bound(deviations: Array) -> float:
     ranks = np.argsort(np.argsort(deviations)).astype(float)
     ranks -= ranks.mean()
     raw = float((ranks[:-1] * ranks[1:]).sum() / (ranks * ranks).sum())
-    r = min(0.95, (raw * n + 1.0) / (n - 3.0) + 1.4 / math.sqrt(n - 6.0))
+    r = min(0.95, (raw * n + 1.0) / (n - 3.0) + (1.0 + 4.0 / n) / math.sqrt(n - 6.0))
     wider = math.sqrt((1.0 + r) / (1.0 - r)) if r > 0.0 else 1.0
     sums, plain = np.concatenate([[0.0], np.cumsum(ranks)]), float((ranks * ranks).mean())
     length = 2

@@ -1,8 +1,9 @@
 """Says whether one side became slower than another, with error rates that are known.
 
 `judge_pairs` is for a fixed number of pairs that were taken side by side, `Sequential` for pairs that are looked at
-while they come in, `judge_series` for series that were taken one after the other. The engine under the first two is
-`measure.stats.paired_ratio`; `benchmarks/guard_power.py` measures false alarms and power of all three.
+while they come in, `judge_series` for series that were taken one after the other. One engine is under all of them:
+`measure.stats.paired_ratio` with `dependence_bound`. `docs/guard-statistics.md` explains the method, and
+`benchmarks/guard_power.py` measures its false alarms and its power.
 """
 
 from __future__ import annotations
@@ -12,20 +13,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from kernel_pytorch.core.types import Ratio, Verdict
-from kernel_pytorch.measure.stats import paired_ratio
+from kernel_pytorch.measure.stats import dependence_bound, paired_ratio
+from kernel_pytorch.validation.drift import MIN_SAMPLES, change_with_drift
+from kernel_pytorch.validation.spread import notes_of, warm_up
 
-__all__ = ["Judgement", "Sequential", "judge_pairs", "judge_series"]
+__all__ = ["ERROR", "MIN_PAIRS", "Judgement", "Sequential", "judge_pairs", "judge_series"]
 
-ERROR = 0.005
-"""Probability of a wrong FAIL of an unchanged side, and of a wrong PASS of a slowdown of `max_slowdown`."""
+ERROR = 0.0025
+"""Aimed-at probability of a FAIL of an unchanged side, and of a PASS of a slowdown of `max_slowdown`.
+
+A quarter of what is promised (1 %): the rest is for series whose dependence is worse than it looks.
+"""
 MIN_PAIRS = 10
+"""Pairs below which there is no verdict: ten are the fewest whose signs alone can be this unlikely, with a reserve."""
 _LOOK_GROWTH = 1.4
-HOW = (
-    "take both side by side in turns on one device (kpt compare with two revisions, environments or targets, or "
-    "--paired for series whose sample i was taken beside sample i of the other)"
+_EARLY = 0.3
+"""Share of the error that the looks before the last one spend together."""
+_HOW = (
+    "Take both sides in turns on one device: `kpt compare` with two revisions, environments, targets or a command "
+    "does; for series of your own, alternate the runs and pass --paired"
 )
+
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +47,10 @@ class Judgement:
     Attributes:
         verdict: `PASS`, `FAIL` or `INCONCLUSIVE`.
         change: Time of head over time of base, with its interval: 1.03 is 3 % slower.
-        max_slowdown: The smallest slowdown that matters.
-        pairs: Pairs (or samples of the shorter series) that were judged.
+        max_slowdown: The smallest slowdown that matters, as a fraction.
+        pairs: Pairs that were judged, warm-up left out (of series apart: samples of the shorter one).
         reason: One sentence.
-        notes: What else is worth telling.
+        notes: What else is worth telling, one sentence each.
     """
 
     verdict: Verdict
@@ -50,25 +62,31 @@ class Judgement:
 
 
 def judge_pairs(base_ms: Sequence[float], head_ms: Sequence[float], *, max_slowdown: float = 0.03) -> Judgement:
-    """Judge pairs of times taken side by side, of a number that was fixed beforehand.
+    """Judge pairs of times taken side by side, of a number that was fixed before they were seen.
+
+    `PASS` where the upper end of the interval of the slowdown is below `max_slowdown`. `FAIL` where its lower end is
+    above 0 and the estimate at least half of `max_slowdown`. Else `INCONCLUSIVE`.
 
     Args:
-        base_ms: Times of the old side, in time order.
+        base_ms: Times of the old side in milliseconds, in time order.
         head_ms: Times of the new side; sample i was taken beside sample i of `base_ms`.
         max_slowdown: The smallest slowdown that matters, as a fraction.
 
     Raises:
         ValueError: Different lengths, no pair, a time that is not a positive number, or a `max_slowdown` not above 0.
     """
-    _check(base_ms, head_ms, max_slowdown)
-    return _judge(base_ms, head_ms, max_slowdown, 1.0 - 2.0 * ERROR)
+    if len(base_ms) != len(head_ms):
+        raise ValueError(f"need pairs of times, got {len(base_ms)} of the base and {len(head_ms)} of the head")
+    _check_slowdown(max_slowdown)
+    return _judge(_times("base", base_ms), _times("head", head_ms), max_slowdown, ERROR)
 
 
 class Sequential:
     """Judges pairs while they come in, and stops as soon as the verdict is certain.
 
-    Half of the permitted error is spent in equal parts on the looks before the last, whose number of pairs grows by
-    40 %; the other half is kept for the last, whenever that is. So looking often raises no more false alarms.
+    The looks before the last come at numbers of pairs that grow by 40 %. Together they spend 30 % of `ERROR`, in equal
+    parts; the rest is kept for the last look, whenever that is. The parts add up to no more than the whole
+    however the looks depend on each other, so asking often raises no more false alarms.
     """
 
     def __init__(self, max_slowdown: float, max_pairs: int, min_pairs: int = 16) -> None:
@@ -76,75 +94,149 @@ class Sequential:
 
         Args:
             max_slowdown: The smallest slowdown that matters, as a fraction.
-            max_pairs: Pairs after which the last look is taken.
+            max_pairs: Pairs at which the last look is taken, if not told earlier.
             min_pairs: Pairs before the first look.
+
+        Raises:
+            ValueError: A `max_slowdown` not above 0, or `max_pairs` below 1.
         """
-        _check((1.0,), (1.0,), max_slowdown)
+        _check_slowdown(max_slowdown)
+        if max_pairs < 1:
+            raise ValueError(f"max_pairs must be at least 1, got {max_pairs}")
         self.max_slowdown = max_slowdown
         self.max_pairs = max_pairs
         self.looks = _schedule(max(MIN_PAIRS, min_pairs), max_pairs)
         self._taken = 0
 
     def look(self, base_ms: Sequence[float], head_ms: Sequence[float], *, last: bool = False) -> Judgement | None:
-        """Look at all pairs so far.
+        """Look at all pairs so far; cheap where no look is due.
 
         Args:
             base_ms: As in `judge_pairs`: everything since the beginning.
             head_ms: As in `judge_pairs`.
-            last: No more pairs will come (time is up).
+            last: No more pairs will come: time is up. This must not depend on what the pairs say.
 
         Returns:
-            The judgement where it is certain or this look is the last; `None`: go on.
+            The judgement where it is certain or this look is the last one; `None`: go on.
+
+        Raises:
+            ValueError: As `judge_pairs`.
         """
         pairs = len(base_ms)
         if last or pairs >= self.max_pairs:
-            _check(base_ms, head_ms, self.max_slowdown)
-            share = 0.5 if self.looks else 1.0
-            return _judge(base_ms, head_ms, self.max_slowdown, 1.0 - 2.0 * ERROR * share)
+            error = ERROR * (1.0 - _EARLY) if self.looks else ERROR
+            return self._judge(base_ms, head_ms, error)
         due = sum(n <= pairs for n in self.looks)
         if due <= self._taken:
             return None
         self._taken = due
-        _check(base_ms, head_ms, self.max_slowdown)
-        share = 0.5 / len(self.looks)
-        judged = _judge(base_ms, head_ms, self.max_slowdown, 1.0 - 2.0 * ERROR * share)
+        judged = self._judge(base_ms, head_ms, ERROR * _EARLY / len(self.looks))
         return None if judged.verdict is Verdict.INCONCLUSIVE else judged
+
+    def _judge(self, base_ms: Sequence[float], head_ms: Sequence[float], error: float) -> Judgement:
+        if len(base_ms) != len(head_ms):
+            raise ValueError(f"need pairs of times, got {len(base_ms)} of the base and {len(head_ms)} of the head")
+        return _judge(_times("base", base_ms), _times("head", head_ms), self.max_slowdown, error)
 
 
 def judge_series(base_ms: Sequence[float], head_ms: Sequence[float], *, max_slowdown: float = 0.03) -> Judgement:
     """Judge series that were not taken side by side.
 
     The device may have changed between the two, which no statistics of the samples can tell from a change of the
-    code. The verdict is `INCONCLUSIVE` unless the difference is clear of the drift that each series shows by itself.
+    code. The verdict is `INCONCLUSIVE` unless the difference stays clear of the drift that each series shows by itself
+    (`validation.drift`), and the reason says how to take them properly.
 
     Args:
-        base_ms: Times of the old side, in time order.
+        base_ms: Times of the old side in milliseconds, in time order.
         head_ms: Times of the new side, in time order; another number of them is fine.
         max_slowdown: The smallest slowdown that matters, as a fraction.
 
     Raises:
         ValueError: No sample, a time that is not a positive number, or a `max_slowdown` not above 0.
     """
-    for one in (base_ms, head_ms):
-        _check(one, one, max_slowdown)
-    pairs = min(len(base_ms), len(head_ms))
-    levels = [_levels(np.log(np.asarray(one, dtype=float))) for one in (base_ms, head_ms)]
-    centre = float(np.median(levels[1]) - np.median(levels[0]))
-    if pairs < 40:
-        change = Ratio(math.exp(centre), 0.0, math.inf, 1.0 - 2.0 * ERROR)
-        reason = f"not taken side by side, and {pairs} samples are too few to bound a drift (40 needed): {HOW}"
+    _check_slowdown(max_slowdown)
+    base, head = _times("base", base_ms), _times("head", head_ms)
+    shorter = min(base.size, head.size)
+    skipped = max(warm_up(base, base), warm_up(head, head))
+    base, head = base[skipped:], head[skipped:]
+    pairs = min(base.size, head.size)
+    if pairs < MIN_SAMPLES:
+        value = float(np.median(head) / np.median(base))
+        reason = (
+            f"the series were not taken side by side, and {shorter} samples are too few to bound the drift between "
+            f"them ({MIN_SAMPLES} after a warm-up are needed). {_HOW}"
+        )
+        change = Ratio(value, 0.0, math.inf, 1.0 - 2.0 * ERROR)
         return Judgement(Verdict.INCONCLUSIVE, change, max_slowdown, pairs, reason)
-    drift = 2.0 * max(float(np.ptp(one)) for one in levels) + 0.01
-    change = Ratio(math.exp(centre), math.exp(centre - drift), math.exp(centre + drift), 1.0 - 2.0 * ERROR)
+    change, drift = change_with_drift(base, head, 1.0 - 2.0 * ERROR)
     verdict = _verdict(change, max_slowdown)
-    reason = f"{_describe(verdict, change, max_slowdown)}; not taken side by side: drift may be {drift:.1%}"
+    where = f"the series were not taken side by side, and up to {100 * drift:.1f} % may be drift"
     if verdict is Verdict.INCONCLUSIVE:
-        reason += f": {HOW}"
-    return Judgement(verdict, change, max_slowdown, pairs, reason)
+        reason = f"{where}: {_seen(change, max_slowdown)}. {_HOW}"
+    else:
+        reason = f"{_ground(verdict, change, max_slowdown)}; {where}"
+    return Judgement(verdict, change, max_slowdown, pairs, reason, _skipped(skipped))
 
 
-def _levels(logs: np.ndarray) -> list[float]:
-    return [float(np.median(part)) for part in np.array_split(logs, min(8, logs.size))]
+def _judge(base: Array, head: Array, max_slowdown: float, error: float) -> Judgement:
+    taken = base.size
+    skipped = warm_up(base, head) if taken >= MIN_PAIRS + 2 else 0
+    skipped = min(skipped, taken - MIN_PAIRS) if skipped else 0
+    base, head = base[skipped:], head[skipped:]
+    pairs = base.size
+    change = paired_ratio(head.tolist(), base.tolist(), confidence=1.0 - 2.0 * error, dependence=dependence_bound)
+    if pairs < MIN_PAIRS:
+        reason = f"{pairs} pairs are too few for a verdict: at least {MIN_PAIRS} are needed"
+        return Judgement(Verdict.INCONCLUSIVE, change, max_slowdown, pairs, reason)
+    verdict = _verdict(change, max_slowdown)
+    reason = _ground(verdict, change, max_slowdown)
+    if verdict is Verdict.INCONCLUSIVE:
+        reason += f" in {pairs} pairs{_more(change, max_slowdown, pairs)}"
+    notes = notes_of(base, head, slower=verdict is Verdict.FAIL, max_slowdown=max_slowdown)
+    return Judgement(verdict, change, max_slowdown, pairs, reason, _skipped(skipped) + notes)
+
+
+def _verdict(change: Ratio, max_slowdown: float) -> Verdict:
+    if change.high < 1.0 + max_slowdown * (1.0 - 1e-6):  # times without noise end at the limit, or a rounding below
+        return Verdict.PASS
+    if change.low > 1.0 and change.value >= 1.0 + max_slowdown / 2.0:
+        return Verdict.FAIL
+    return Verdict.INCONCLUSIVE
+
+
+def _ground(verdict: Verdict, change: Ratio, max_slowdown: float) -> str:
+    seen = _seen(change, max_slowdown)
+    matters = f"{100 * max_slowdown:.3g} %"
+    if verdict is Verdict.FAIL:
+        return f"the head is slower: {seen}"
+    if verdict is Verdict.INCONCLUSIVE:
+        return f"{seen}: neither a slowdown that matters ({matters}) nor its absence is proven"
+    if change.high < 1.0:
+        return f"the head is faster: {seen}"
+    if change.low > 1.0:
+        return f"{seen}: slower, by less than the {matters} that matter"
+    return f"{seen}: no slowdown of {matters} or more"
+
+
+def _seen(change: Ratio, max_slowdown: float) -> str:
+    digits = 1 if max_slowdown >= 0.02 else 2
+    value, low, high = (
+        f"{100 * (x - 1.0):+.{digits}f} %" if x < 1e3 else "unbounded" for x in (change.value, change.low, change.high)
+    )
+    return f"time changed by {value} ({low} to {high})"
+
+
+def _more(change: Ratio, max_slowdown: float, pairs: int) -> str:
+    """Say how many pairs should decide, from the width of the interval; nothing where that is not in sight."""
+    if not (change.low > 0.0 and math.isfinite(change.high)):
+        return ""
+    half = math.log(change.high / change.low) / 2.0
+    needed = pairs * (half / (0.6 * math.log1p(max_slowdown))) ** 2
+    return f"; about {math.ceil(needed / 10.0) * 10} pairs should decide" if pairs * 1.2 < needed < 1e5 else ""
+
+
+def _skipped(pairs: int) -> tuple[str, ...]:
+    return (f"the first {pairs} samples of both sides are a warm-up and were left out",) if pairs else ()
 
 
 def _schedule(first: int, most: int) -> tuple[int, ...]:
@@ -155,39 +247,16 @@ def _schedule(first: int, most: int) -> tuple[int, ...]:
     return tuple(looks)
 
 
-def _check(base_ms: Sequence[float], head_ms: Sequence[float], max_slowdown: float) -> None:
-    if len(base_ms) != len(head_ms) or not len(base_ms):
-        raise ValueError(f"need pairs of times, got {len(base_ms)} and {len(head_ms)}")
+def _check_slowdown(max_slowdown: float) -> None:
     if not 0.0 < max_slowdown < math.inf:
         raise ValueError(f"max_slowdown must be above 0, got {max_slowdown}")
-    for name, times in (("base", base_ms), ("head", head_ms)):
-        bad = [t for t in times if not 0.0 < t < math.inf]
-        if bad:
-            raise ValueError(f"{name} has a time that is not a positive number of milliseconds: {bad[0]}")
 
 
-def _judge(base_ms: Sequence[float], head_ms: Sequence[float], max_slowdown: float, confidence: float) -> Judgement:
-    change = paired_ratio(head_ms, base_ms, confidence=confidence)
-    pairs = len(base_ms)
-    if pairs < MIN_PAIRS:
-        reason = f"{pairs} pairs are too few to judge; at least {MIN_PAIRS} are needed"
-        return Judgement(Verdict.INCONCLUSIVE, change, max_slowdown, pairs, reason)
-    verdict = _verdict(change, max_slowdown)
-    return Judgement(verdict, change, max_slowdown, pairs, _describe(verdict, change, max_slowdown))
-
-
-def _verdict(change: Ratio, max_slowdown: float) -> Verdict:
-    if change.high < 1.0 + max_slowdown * (1.0 - 1e-6):
-        return Verdict.PASS
-    if change.low > 1.0 and change.value >= 1.0 + max_slowdown / 2.0:
-        return Verdict.FAIL
-    return Verdict.INCONCLUSIVE
-
-
-def _describe(verdict: Verdict, change: Ratio, max_slowdown: float) -> str:
-    seen = f"{change.value - 1.0:+.1%} ({change.low - 1.0:+.1%} to {change.high - 1.0:+.1%})"
-    if verdict is Verdict.PASS:
-        return f"time changed by {seen}: less than the {max_slowdown:.3g} that matters"
-    if verdict is Verdict.FAIL:
-        return f"slower by {seen}"
-    return f"time changed by {seen}: not decided"
+def _times(side: str, times_ms: Sequence[float]) -> Array:
+    times = np.asarray(times_ms, dtype=float)
+    if times.ndim != 1 or not times.size:
+        raise ValueError(f"the {side} has no times")
+    bad = times[~((times > 0.0) & np.isfinite(times))]
+    if bad.size:
+        raise ValueError(f"the {side} has a time that is not a positive number of milliseconds: {bad[0]}")
+    return times
