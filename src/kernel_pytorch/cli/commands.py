@@ -72,6 +72,21 @@ class _Above(click.ParamType[float]):
         return number
 
 
+class _Share(click.ParamType[float]):
+    """A float from 0 to 1."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number", param, ctx)
+        if not 0.0 <= number <= 1.0:
+            self.fail(f"{value} must be from 0 to 1", param, ctx)
+        return number
+
+
 def _names(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
 
@@ -99,6 +114,37 @@ _trust_artifacts = click.option(
 )
 _seed = click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of inputs and resampling."
+)
+_guarded = _stacked(
+    click.option(
+        "--max-slowdown",
+        type=_Above(below=10.0),
+        default="0.03",
+        show_default=True,
+        metavar="F",
+        help="Largest slowdown that is allowed, as a fraction.",
+    ),
+    click.option("--name", default="", metavar="NAME", help="What it is called in the history; told by TARGET."),
+    click.option(
+        "--inconclusive",
+        type=click.Choice(["pass", "fail"]),
+        default="pass",
+        show_default=True,
+        help="What an undecided comparison exits as: 0 or 1.",
+    ),
+    click.option(
+        "--history",
+        metavar="URL",
+        help="Database that keeps the run; `none` keeps nothing. By default $KPT_HISTORY, else a file of yours.",
+    ),
+    click.option(
+        "--format",
+        "form",
+        type=click.Choice(["text", "json", "markdown", "junit", "prometheus"]),
+        default="text",
+        help="How to write the outcome.",
+    ),
+    click.option("-o", "--output", metavar="FILE", help="Write it there, and text to stdout."),
 )
 _choice = _stacked(
     click.option("--only", multiple=True, callback=_names, metavar="NAMES", help="Transforms to try, comma-separated."),
@@ -210,6 +256,39 @@ def apply(**options: Any) -> int:
     Exits 1 where the plan no longer holds: outputs outside the budget, or not faster than the unmodified model.
     """
     from kernel_pytorch.cli.replay import apply as run
+
+    return run(**options)
+
+
+@kpt.command(epilog=TARGET_HELP)
+@_plan
+@click.argument("target", required=False)
+@click.option(
+    "--budget", type=_Budget(), default="30", metavar="SECONDS", show_default=True, help="Time for the measurement."
+)
+@click.option(
+    "--keep",
+    "keep_share",
+    type=_Share(),
+    default="0.9",
+    show_default=True,
+    metavar="F",
+    help="Share of the planned speed-up that must be left; 0 asks only to be as fast as the unmodified model.",
+)
+@click.option(
+    "--refresh", is_flag=True, help="Judge a plan of other software too, and where it passes write it anew for this."
+)
+@_seed
+@_trust_artifacts
+@_trust_code
+@_guarded
+def check(**options: Any) -> int:
+    """Say whether PLAN is still right and still as fast: the unmodified model and the plan, in turns, now.
+
+    TARGET is by default the one that the plan was made for. Exits 0 for PASS; 1 for FAIL (slower), WRONG (other
+    numbers) and STALE (made with other software or on another device); for INCONCLUSIVE as --inconclusive says.
+    """
+    from kernel_pytorch.cli.guard import check as run
 
     return run(**options)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kernel_pytorch.core.config import KernelPyTorchConfig
     from kernel_pytorch.core.protocols import Program
 
-__all__ = ["apply", "eject", "explain", "validate"]
+__all__ = ["apply", "config_of", "eject", "explain", "validate"]
 
 
 def explain(*, plan: str, form: str) -> int:
@@ -45,7 +45,7 @@ def apply(
     """Replay a plan on a fresh model; return 1 where it is wrong or not faster here and now."""
     loaded = load_plan(plan)
     with quiet_stdout():
-        config = _config_of(loaded).but(seed=seed, trust_remote_code=trust_remote_code)
+        config = config_of(loaded).but(seed=seed, trust_remote_code=trust_remote_code)
         trial = _replay(loaded, Path(plan), target, config, seconds=budget, trust_artifacts=trust_artifacts)
     findings = _findings(loaded, trial)
 
@@ -71,7 +71,12 @@ def apply(
     return 1 if findings else 0
 
 
-def _config_of(plan: Plan) -> KernelPyTorchConfig:
+def config_of(plan: Plan) -> KernelPyTorchConfig:
+    """Return the configuration that a plan was searched with.
+
+    Raises:
+        PlanError: It is corrupted.
+    """
     from kernel_pytorch.core.config import KernelPyTorchConfig
 
     known = {f.name for f in fields(KernelPyTorchConfig)}

@@ -1,0 +1,133 @@
+"""`kpt check`: is a plan still right, and still as fast."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kernel_pytorch.cli.output import quiet_stdout, stderr_console
+from kernel_pytorch.cli.replay import config_of
+from kernel_pytorch.cli.verdict import conclude, keep
+from kernel_pytorch.errors import TargetError
+from kernel_pytorch.plan.store import load_plan
+
+if TYPE_CHECKING:
+    from kernel_pytorch.core.types import Plan
+    from kernel_pytorch.core.workload import Workload
+
+__all__ = ["check", "recorded_target"]
+
+
+def check(
+    *,
+    plan: str,
+    target: str | None,
+    budget: float,
+    max_slowdown: float,
+    keep_share: float,
+    refresh: bool,
+    seed: int,
+    trust_artifacts: bool,
+    trust_remote_code: bool,
+    name: str,
+    history: str | None,
+    inconclusive: str,
+    form: str,
+    output: str | None,
+) -> int:
+    """Judge a plan here and now, record and print the verdict; return 1 where it does not hold."""
+    loaded, path = load_plan(plan), Path(plan)
+    directory = path if path.is_dir() else path.parent
+    target = target or recorded_target(loaded, directory.resolve())
+    with quiet_stdout(), tempfile.TemporaryDirectory(prefix="kpt-compiled-") as compiled:
+        from kernel_pytorch.core.targets import load_target
+        from kernel_pytorch.guard.check import InterruptedCheck, check_plan
+
+        config = config_of(loaded).but(seed=seed, trust_remote_code=trust_remote_code)
+        workload = load_target(target, trust_remote_code=trust_remote_code)
+        artifacts = directory / "artifacts"
+        try:
+            with stderr_console().status("checking: numerics first, then both in turns"):
+                checked = check_plan(
+                    loaded,
+                    workload,
+                    config,
+                    artifacts=artifacts if trust_artifacts and not refresh else None,
+                    max_slowdown=max_slowdown,
+                    keep=keep_share,
+                    max_seconds=budget,
+                    refresh=refresh,
+                    keep_compiled=Path(compiled) if refresh and artifacts.is_dir() else None,
+                    again=shlex.join(["kpt", "check", plan, target, "--refresh"]),
+                    name=name,
+                    command=shlex.join(["kpt", *sys.argv[1:]]),
+                )
+        except InterruptedCheck as stop:
+            keep(stop.comparison, history)
+            raise
+        if checked.plan is not None:
+            _write(checked.plan, path, workload, Path(compiled))
+        keep(checked.comparison, history)
+    return conclude(checked.comparison, form=form, output=output, inconclusive=inconclusive)
+
+
+def recorded_target(plan: Plan, directory: Path) -> str:
+    """Return the target that a plan's command names; a file of it as it lies from here.
+
+    Args:
+        plan: The plan.
+        directory: Where it lies, absolute; a search writes below the directory it was started in, mostly.
+
+    Raises:
+        TargetError: There is no command, or the file that it names is not there.
+    """
+    import click
+
+    from kernel_pytorch.cli.commands import optimize
+
+    said = shlex.split(plan.command)
+    fix = f"kpt check {directory} TARGET"
+    if said[:2] != ["kpt", "optimize"]:
+        raise TargetError("the plan does not say which target it was made for", fix=fix)
+    try:
+        given = optimize.make_context("optimize", said[2:], resilient_parsing=True).params
+    except click.ClickException as error:
+        raise TargetError(f"the plan's command cannot be read: {plan.command}", fix=fix) from error
+    target = str(given.get("target") or "")
+    where, colon, factory = target.rpartition(":")
+    file = where if where.endswith(".py") else target if target.endswith(".pt2") else ""
+    if not file:
+        return target
+    started_in = directory.parents[max(0, len(Path(given.get("output") or "x").parts) - 1)]
+    for place in (Path.cwd(), started_in):
+        if (place / Path(file).expanduser()).is_file():
+            return str(place / file) + (colon + factory if where.endswith(".py") else "")
+    raise TargetError(f"the plan was made for {target}, which is neither here nor in {started_in}", fix=fix)
+
+
+def _write(plan: Plan, path: Path, workload: Workload, compiled: Path) -> None:
+    """Write a plan again with what is deployed beside it: code of the software before is of no use any more."""
+    from kernel_pytorch.backends import manager_for
+    from kernel_pytorch.core.types import Mode
+    from kernel_pytorch.plan.apply import apply
+    from kernel_pytorch.plan.schema import dumps
+    from kernel_pytorch.plan.store import write_text
+    from kernel_pytorch.report.html import write_html
+
+    file = path / "plan.json" if path.is_dir() else path
+    artifacts = file.parent / "artifacts"
+    if artifacts.is_dir():
+        shutil.rmtree(artifacts)
+        shutil.copytree(compiled, artifacts)
+        if plan.candidate.steps and plan.workload.mode is Mode.INFERENCE:
+            place = manager_for(plan.device.vendor).place
+            calls = {case: place(workload.call(case, 0)) for case in workload.cases}
+            apply(plan, place(workload.model()), inputs=calls, deploy_to=artifacts)
+    write_text(file, dumps(plan))
+    report = file.parent / "report.html"
+    if report.is_file():
+        write_html(plan, report)
