@@ -10,9 +10,9 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
-import kernel_pytorch
 from kernel_pytorch.errors import KptError
 
 __all__ = [
@@ -131,8 +131,10 @@ def require(environment: Environment, label: str) -> None:
 
 def install_command(python: str, missing: list[str]) -> str:
     """Return the pip command that installs what is missing; this package from the checkout it runs from, if any."""
-    root = Path(str(kernel_pytorch.__file__)).resolve().parents[2]
-    package = str(root) if (root / "pyproject.toml").is_file() else f"kernel-pytorch=={kernel_pytorch.__version__}"
+    root = Path(__file__).resolve().parents[3]
+    package = (
+        str(root) if (root / "pyproject.toml").is_file() else f"kernel-pytorch=={metadata.version('kernel-pytorch')}"
+    )
     names = [package if name == "kernel_pytorch" else name for name in missing]
     return shlex.join([python, "-m", "pip", "install", *names])
 

@@ -276,13 +276,13 @@ class WorkerRunner:
     def _as_error(self, error: Mapping[str, Any], doing: str) -> Exception:
         label, message, kind = self.side.label, error["message"], error["kind"]
         python = self.side.python or sys.executable
-        if kind == "missing" and message in ("torch", "kernel_pytorch"):
-            return EnvironmentUnusableError(
-                f"{label}: {python} has no {message}", fix=install_command(python, [message])
-            )
-        if kind in ("missing", "old"):
-            what = f"needs {message}, which is not installed" if kind == "missing" else f"is too old: {message}"
-            return SideError(label, kind, f"kernel_pytorch there {what}")
+        if kind == "missing":
+            fix = install_command(python, [message])
+            if message in ("torch", "kernel_pytorch"):
+                return EnvironmentUnusableError(f"{label}: {python} has no {message}", fix=fix)
+            return SideError(label, kind, f"{python} has no {message}, which it needs here", fix=fix)
+        if kind == "old":
+            return SideError(label, kind, f"kernel_pytorch there is too old: {message}")
         if kind == "stray":
             return SideError(
                 label,

@@ -186,6 +186,11 @@ def _software(spec: Any) -> dict[str, str]:
             found[name] = str(version)
     if torch.cuda.is_available() and torch.backends.cudnn.is_available():
         found["cudnn"] = str(torch.backends.cudnn.version())
+    found["setting:threads"] = str(torch.get_num_threads())
+    found["setting:float32_matmul_precision"] = str(torch.get_float32_matmul_precision())
+    found["setting:deterministic"] = str(torch.are_deterministic_algorithms_enabled())
+    if torch.cuda.is_available():
+        found["setting:cudnn.benchmark"] = str(torch.backends.cudnn.benchmark)
     found.pop("kernel-pytorch", None)
     found["kernel_pytorch"] = str(importlib.import_module("kernel_pytorch").__version__)
     return dict(sorted(found.items()))
@@ -220,7 +225,10 @@ class _Session:
         return self.loaded
 
     def _on_load(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        self.loaded = loaded = _Loaded(request)
+        try:
+            self.loaded = loaded = _Loaded(request)
+        except ModuleNotFoundError as error:
+            raise _RefusedError("missing", error.name or str(error)) from error
         strays = _strays(request["forbid"]) if request.get("forbid") else []
         if strays:
             raise _RefusedError("stray", ", ".join(strays[:3]))
