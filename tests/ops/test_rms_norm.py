@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernel_pytorch._triton.launch import as_rows
+from kernel_pytorch._triton.launch import as_rows, looping_launch
 from kernel_pytorch.core.types import Skip
 from kernel_pytorch.errors import InputsError
 from kernel_pytorch.ops.rms_norm import rms_norm, unsupported
@@ -100,6 +100,17 @@ def test_rows_are_views_where_strides_allow() -> None:
     assert as_rows(x.transpose(1, 2)).is_contiguous()
     assert as_rows(torch.empty(0, 8)).shape == (0, 8)
     assert as_rows(torch.ones(()).expand(3, 5)).stride() == (5, 1)
+
+
+@pytest.mark.parametrize("shared", [227 << 10, 99 << 10, 64 << 10, 1])
+@pytest.mark.parametrize("columns", [1, 64, 768, 4096, 5120, 8192, 14336, 65536])
+def test_what_is_in_flight_fits_in_shared_memory(columns, shared) -> None:
+    launch = looping_launch(columns, 12, shared)
+    tile = launch.rows * 12 * (1 << (columns - 1).bit_length())
+    assert 1 <= launch.stages <= 4
+    assert launch.per_multiprocessor * (launch.stages - 1) * tile < shared
+    assert launch.stages == 4 or launch.per_multiprocessor * (launch.stages * tile + 2048) > shared
+    assert launch.warps * launch.per_multiprocessor <= 32
 
 
 def oracle(x, weight, residual, dy, dh, eps, offset):

@@ -138,8 +138,8 @@ def looping_launch(columns: int, bytes_per_column: int, shared: int) -> Launch:
     block = next_power_of_2(columns)
     warps = min(32, max(8, block // 512))
     rows, programs = max(1, min(16, 4096 // block)), max(1, 16 // warps)
-    buffers = min(_MOST_BUFFERS, (shared // programs - 2048) // (rows * block * bytes_per_column))
-    return Launch(rows=rows, warps=warps, per_multiprocessor=programs, stages=buffers + 1 if buffers > 1 else 1)
+    buffers = max(0, min(_MOST_BUFFERS, (shared // programs - 2048) // (rows * block * bytes_per_column)))
+    return Launch(rows=rows, warps=warps, per_multiprocessor=programs, stages=buffers + 1)
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
