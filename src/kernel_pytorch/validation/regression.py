@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -184,7 +185,12 @@ def _judge(base: Array, head: Array, max_slowdown: float, error: float) -> Judge
     skipped = min(skipped, taken - MIN_PAIRS) if skipped else 0
     base, head = base[skipped:], head[skipped:]
     pairs = base.size
-    change = paired_ratio(head.tolist(), base.tolist(), confidence=1.0 - 2.0 * error, dependence=dependence_bound)
+    change = paired_ratio(
+        head.tolist(),
+        base.tolist(),
+        confidence=1.0 - 2.0 * error,
+        dependence=partial(dependence_bound, sides=(np.log(base), np.log(head))),
+    )
     if pairs < MIN_PAIRS:
         reason = f"{pairs} pairs are too few for a verdict: at least {MIN_PAIRS} are needed"
         return Judgement(Verdict.INCONCLUSIVE, change, max_slowdown, pairs, reason)
