@@ -91,6 +91,12 @@ def _names(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tu
     return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
 
 
+def _at_most_two(ctx: click.Context, _: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(values) > 2:
+        raise click.UsageError(f"{len(values)} targets; at most two can be compared", ctx)
+    return values
+
+
 def _stacked(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     def apply(function: F) -> F:
         for decorator in reversed(decorators):
@@ -115,6 +121,7 @@ _trust_artifacts = click.option(
 _seed = click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of inputs and resampling."
 )
+_guard_forms = click.Choice(["text", "json", "markdown", "junit", "prometheus"])
 _guarded = _stacked(
     click.option(
         "--max-slowdown",
@@ -140,7 +147,7 @@ _guarded = _stacked(
     click.option(
         "--format",
         "form",
-        type=click.Choice(["text", "json", "markdown", "junit", "prometheus"]),
+        type=_guard_forms,
         default="text",
         help="How to write the outcome.",
     ),
@@ -149,6 +156,15 @@ _guarded = _stacked(
 _choice = _stacked(
     click.option("--only", multiple=True, callback=_names, metavar="NAMES", help="Transforms to try, comma-separated."),
     click.option("--exclude", multiple=True, callback=_names, metavar="NAMES", help="Transforms not to try."),
+)
+
+
+_history = click.option(
+    "--history", metavar="URL", help="Database or file; by default $KPT_HISTORY, else a file of yours."
+)
+_runs_of = _stacked(
+    click.option("--name", metavar="NAME", help="Only runs of this name."),
+    click.option("--since", metavar="DATE", help="Only runs since this date, such as 2026-11-22 (UTC)."),
 )
 
 
@@ -294,6 +310,46 @@ def check(**options: Any) -> int:
 
 
 @kpt.command(epilog=TARGET_HELP)
+@click.argument("targets", nargs=-1, metavar="[TARGET [TARGET_B]]", callback=_at_most_two)
+@click.option("--base", metavar="REV", help="Git revision of the old side, in a worktree of its own.")
+@click.option("--head", metavar="REV", help="Git revision of the new side; HEAD by default.")
+@click.option("--base-python", metavar="PYTHON", help="Interpreter (or environment) of the old side.")
+@click.option("--head-python", metavar="PYTHON", help="Interpreter of the new side; the one left out is this one.")
+@click.option("--base-samples", metavar="FILE", help="JSON array of milliseconds in time order, taken elsewhere.")
+@click.option("--head-samples", metavar="FILE", help="The new side's.")
+@click.option("--paired", is_flag=True, help="Sample i of both files was taken side by side.")
+@click.option(
+    "--command",
+    "commands",
+    multiple=True,
+    metavar="CMD",
+    help="Instead of a TARGET: prints one number in ms a line. Given twice, the first is the old side.",
+)
+@click.option("--per-line", is_flag=True, help="Each line of a command is a sample, rather than their median.")
+@click.option(
+    "--allow-dirty", is_flag=True, help="Take the checkout as it is for --head, uncommitted changes included."
+)
+@click.option("--other-model", is_flag=True, help="Compare though models or inputs of the two sides differ.")
+@click.option("--bisect", is_flag=True, help="On FAIL, find the commit that made it slow.")
+@click.option("--first-parent", is_flag=True, help="Of merges, --bisect follows the first parent only.")
+@_mode
+@click.option(
+    "--budget", type=_Budget(), default="120", metavar="SECONDS", show_default=True, help="Time for the measurement."
+)
+@_trust_code
+@_guarded
+def compare(**options: Any) -> int:
+    """Say whether the new side is slower than the old: both take turns on this machine, now.
+
+    The sides are two git revisions of TARGET, two Python environments, two targets, two commands, or two series of
+    samples. Exits 0 for PASS, 1 for FAIL; for INCONCLUSIVE as --inconclusive says.
+    """
+    from kernel_pytorch.cli.compare import compare as run
+
+    return run(**options)
+
+
+@kpt.command(epilog=TARGET_HELP)
 @click.argument("target_a")
 @click.argument("target_b")
 @click.option("--level", type=click.Choice(["quick", "standard", "strict"]), default="standard", show_default=True)
@@ -322,5 +378,70 @@ def validate(**options: Any) -> int:
 def eject(**options: Any) -> int:
     """Print PLAN for TARGET as plain PyTorch source that runs without this package."""
     from kernel_pytorch.cli.replay import eject as run
+
+    return run(**options)
+
+
+@kpt.group(cls=_Verbs)
+def history() -> None:
+    """List, show, plot, export and prune what `check` and `compare` have found over time."""
+
+
+@history.command(name="list")
+@_history
+@_runs_of
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="The newest so many.")
+@_format
+def history_list(**options: Any) -> int:
+    """List runs, the newest last, and where the level of the time changed."""
+    from kernel_pytorch.cli.history import list_runs as run
+
+    return run(**options)
+
+
+@history.command(name="show")
+@click.argument("run_id", metavar="RUN")
+@_history
+@click.option("--format", "form", type=_guard_forms, default="text", help="How to write it.")
+@click.option("-o", "--output", metavar="FILE", help="Write it there, and text to stdout.")
+def history_show(**options: Any) -> int:
+    """Show one run again: RUN is its id, or the beginning of it."""
+    from kernel_pytorch.cli.history import show as run
+
+    return run(**options)
+
+
+@history.command(name="export")
+@_history
+@_runs_of
+@click.option(
+    "--format", "form", type=click.Choice(["json", "csv"]), default="json", help="With all samples, or a line a run."
+)
+@click.option("-o", "--output", metavar="FILE", help="Write it there instead of to stdout.")
+def history_export(**options: Any) -> int:
+    """Print all runs for other programs."""
+    from kernel_pytorch.cli.history import export as run
+
+    return run(**options)
+
+
+@history.command(name="prune")
+@_history
+@click.option("--keep-days", type=_Above(zero=True), metavar="N", help="Keep what is not older than this.")
+@click.option("--keep-runs", type=click.IntRange(min=0), metavar="N", help="Keep the newest so many of each name.")
+@_format
+def history_prune(**options: Any) -> int:
+    """Delete old runs; with both options, what either keeps stays."""
+    from kernel_pytorch.cli.history import prune as run
+
+    return run(**options)
+
+
+@history.command(name="send")
+@_history
+@_format
+def history_send(**options: Any) -> int:
+    """Send the runs that wait on the local disk since the database was away. Exits 1 where some still wait."""
+    from kernel_pytorch.cli.history import send as run
 
     return run(**options)

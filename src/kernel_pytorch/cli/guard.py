@@ -7,12 +7,12 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kernel_pytorch.cli.output import quiet_stdout, stderr_console
-from kernel_pytorch.cli.replay import config_of
-from kernel_pytorch.cli.verdict import conclude, keep
+from kernel_pytorch.cli.verdict import check_places, conclude, keep
 from kernel_pytorch.errors import TargetError
+from kernel_pytorch.guard.stale import config_of
 from kernel_pytorch.plan.store import load_plan
 
 if TYPE_CHECKING:
@@ -40,39 +40,40 @@ def check(
     output: str | None,
 ) -> int:
     """Judge a plan here and now, record and print the verdict; return 1 where it does not hold."""
+    check_places(history, output)
     loaded, path = load_plan(plan), Path(plan)
     directory = path if path.is_dir() else path.parent
     target = target or recorded_target(loaded, directory.resolve())
     with quiet_stdout(), tempfile.TemporaryDirectory(prefix="kpt-compiled-") as compiled:
         from kernel_pytorch.core.targets import load_target
-        from kernel_pytorch.guard.check import InterruptedCheck, check_plan
+        from kernel_pytorch.guard.check import InterruptedCheck, check_plan, refresh_plan
 
-        config = config_of(loaded).but(seed=seed, trust_remote_code=trust_remote_code)
         workload = load_target(target, trust_remote_code=trust_remote_code)
-        artifacts = directory / "artifacts"
+        asked: dict[str, Any] = {
+            "config": config_of(loaded).but(seed=seed, trust_remote_code=trust_remote_code),
+            "max_slowdown": max_slowdown,
+            "keep": keep_share,
+            "max_seconds": budget,
+            "name": name,
+            "command": shlex.join(["kpt", *sys.argv[1:]]),
+        }
         try:
             with stderr_console().status("checking: numerics first, then both in turns"):
-                checked = check_plan(
-                    loaded,
-                    workload,
-                    config,
-                    artifacts=artifacts if trust_artifacts and not refresh else None,
-                    max_slowdown=max_slowdown,
-                    keep=keep_share,
-                    max_seconds=budget,
-                    refresh=refresh,
-                    keep_compiled=Path(compiled) if refresh and artifacts.is_dir() else None,
-                    again=shlex.join(["kpt", "check", plan, target, "--refresh"]),
-                    name=name,
-                    command=shlex.join(["kpt", *sys.argv[1:]]),
-                )
+                if not refresh:
+                    again = shlex.join(["kpt", "check", plan, target, "--refresh"])
+                    comparison = check_plan(
+                        loaded, path, workload, trust_artifacts=trust_artifacts, again=again, **asked
+                    )
+                else:
+                    kept = Path(compiled) if (directory / "artifacts").is_dir() else None
+                    comparison, fresh = refresh_plan(loaded, workload, keep_compiled=kept, **asked)
+                    if fresh is not None:
+                        _write(fresh, path, workload, Path(compiled))
         except InterruptedCheck as stop:
-            keep(stop.comparison, history)
+            keep([stop.comparison], history)
             raise
-        if checked.plan is not None:
-            _write(checked.plan, path, workload, Path(compiled))
-        keep(checked.comparison, history)
-    return conclude(checked.comparison, form=form, output=output, inconclusive=inconclusive)
+        keep([comparison], history)
+    return conclude([comparison], form=form, output=output, inconclusive=inconclusive)
 
 
 def recorded_target(plan: Plan, directory: Path) -> str:

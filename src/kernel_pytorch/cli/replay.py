@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernel_pytorch.cli.output import emit, quiet_stdout
 from kernel_pytorch.core.types import Candidate, NumericsReport, Plan, Status, Trial
-from kernel_pytorch.errors import KptError, PlanError
+from kernel_pytorch.guard.stale import config_of
 from kernel_pytorch.plan.store import load_plan, write_text
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kernel_pytorch.core.config import KernelPyTorchConfig
     from kernel_pytorch.core.protocols import Program
 
-__all__ = ["apply", "config_of", "eject", "explain", "validate"]
+__all__ = ["apply", "eject", "explain", "validate"]
 
 
 def explain(*, plan: str, form: str) -> int:
@@ -69,22 +69,6 @@ def apply(
 
     emit(form, data, text)
     return 1 if findings else 0
-
-
-def config_of(plan: Plan) -> KernelPyTorchConfig:
-    """Return the configuration that a plan was searched with.
-
-    Raises:
-        PlanError: It is corrupted.
-    """
-    from kernel_pytorch.core.config import KernelPyTorchConfig
-
-    known = {f.name for f in fields(KernelPyTorchConfig)}
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in plan.config.items() if k in known}
-    try:
-        return KernelPyTorchConfig(**given)  # type: ignore[arg-type]  # its own checks follow
-    except (KptError, TypeError, ValueError) as error:
-        raise PlanError(f"the plan's configuration is corrupted: {error}", fix="run `kpt optimize` again") from error
 
 
 def _replay(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from kernel_pytorch.core.config import KernelPyTorchConfig
@@ -13,13 +13,13 @@ from kernel_pytorch.core.workload import Workload
 from kernel_pytorch.errors import KptError
 from kernel_pytorch.guard.findings import Findings, planned
 from kernel_pytorch.guard.plan_trial import Asked, Seen, as_payload, read_answer, read_samples, try_plan
-from kernel_pytorch.guard.stale import differences, same_code, stamp
+from kernel_pytorch.guard.stale import config_of, differences, same_code, stamp
 from kernel_pytorch.guard.types import Comparison
 from kernel_pytorch.hardware import detect
 from kernel_pytorch.measure.isolation import TravelError, Workers, WorkersUnavailableError, pack
 from kernel_pytorch.measure.stats import paired_ratio
 
-__all__ = ["Checked", "InterruptedCheck", "check_plan", "here"]
+__all__ = ["InterruptedCheck", "check_plan", "here", "refresh_plan"]
 
 MAX_PAIRS = 400
 _REFRESH_PAIRS = 100
@@ -37,21 +37,6 @@ class InterruptedCheck(KeyboardInterrupt):
         self.comparison = comparison
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """What a check has found.
-
-    Attributes:
-        comparison: The verdict with its evidence.
-        trial: The plan's candidate as it was tried now; `None` where it was not.
-        plan: The plan stamped anew, where that was asked for and it passed.
-    """
-
-    comparison: Comparison
-    trial: Trial | None = None
-    plan: Plan | None = None
-
-
 def here(plan: Plan) -> DeviceSpec:
     """Return this machine's device of the plan's vendor, else its best one."""
     try:
@@ -62,21 +47,20 @@ def here(plan: Plan) -> DeviceSpec:
 
 def check_plan(
     plan: Plan,
+    path: Path,
     workload: Workload,
-    config: KernelPyTorchConfig,
     *,
-    artifacts: Path | None = None,
+    config: KernelPyTorchConfig | None = None,
+    trust_artifacts: bool = False,
     max_slowdown: float = 0.03,
     keep: float = 0.9,
     max_seconds: float = 30.0,
     max_pairs: int = MAX_PAIRS,
-    refresh: bool = False,
-    keep_compiled: Path | None = None,
     again: str = "",
     name: str = "",
     command: str = "",
     listen: Listener | None = None,
-) -> Checked:
+) -> Comparison:
     """Judge a plan here and now: first whether it is of this device and software, then its numerics, then its speed.
 
     Unmodified model and plan take turns, in a process of their own. The plan fails where it is slower than it owes by
@@ -85,15 +69,14 @@ def check_plan(
 
     Args:
         plan: The plan.
+        path: Its file, or the directory of its search.
         workload: What it is for.
-        config: The plan's configuration; its `isolation` says whether a process of its own is used.
-        artifacts: The plan's `artifacts/`, where the user trusts the code in it.
+        config: By default the plan's own; its `isolation` says whether a process of its own is used.
+        trust_artifacts: Whether code in the plan's `artifacts/` may be loaded.
         max_slowdown: The smallest slowdown that matters, as a fraction.
         keep: Share of the planned speed-up that must be left; 0 asks only for the unmodified model's time.
         max_seconds: Limit of the timing; numerics and compilation come before it.
         max_pairs: Pairs of samples at most.
-        refresh: Judge a plan of other software too, on a number of pairs that is fixed, and stamp it where it passes.
-        keep_compiled: Directory for what is compiled, as a plan's `artifacts/` holds it; nothing is kept by default.
         again: The command that refreshes, for the reason of STALE.
         name: What is checked, stable over time; by default the workload's name.
         command: What reproduces this.
@@ -103,46 +86,124 @@ def check_plan(
         KptError: The workload or the plan cannot be used: another model, inputs that do not fit, bad arguments.
         InterruptedCheck: Ctrl-C.
     """
-    if not 0.0 <= keep <= 1.0:
-        raise KptError(f"keep must be between 0 and 1, got {keep}")
-    began = time.monotonic()
-    device = here(plan)
-    build = Findings(plan, device, max_slowdown, name or plan.workload.name or "model", command, began)
-    changed = differences(plan, device)
-    if changed and not (refresh and same_code(plan, device)):
-        return Checked(build.stale(changed, again))
-    owed = max(1.0, keep * planned(plan).low) if plan.candidate.steps else 1.0
+    findings, config = _begin(plan, config, keep, max_slowdown=max_slowdown, name=name, command=command)
+    changed = differences(plan, findings.device)
+    if changed:
+        return findings.stale(changed, again)
     with tempfile.TemporaryDirectory(prefix="kpt-check-") as scratch:
         asked = Asked(
             plan=plan,
             config=config,
-            device=device.vendor,
+            device=findings.device.vendor,
             target=workload.target,
             packed="",
-            artifacts="" if artifacts is None else str(artifacts),
+            artifacts=str(_artifacts(path)) if trust_artifacts else "",
             max_seconds=max_seconds,
-            max_pairs=max(_REFRESH_PAIRS, len(_samples(plan))) if refresh else max_pairs,
+            max_pairs=max_pairs,
             max_slowdown=max_slowdown,
-            owed=owed,
-            fixed=refresh,
+            owed=_owed(plan, keep),
+            fixed=False,
+            keep_compiled="",
+            samples=str(Path(scratch) / "samples.jsonl"),
+        )
+        _tell(listen, max_seconds)
+        return _judged(asked, workload, Path(scratch), findings, keep)[0]
+
+
+def refresh_plan(
+    plan: Plan,
+    workload: Workload,
+    *,
+    config: KernelPyTorchConfig | None = None,
+    keep_compiled: Path | None = None,
+    max_slowdown: float = 0.03,
+    keep: float = 0.9,
+    max_seconds: float = 30.0,
+    name: str = "",
+    command: str = "",
+    listen: Listener | None = None,
+) -> tuple[Comparison, Plan | None]:
+    """Judge a plan here whatever software it was made with; return the plan stamped anew too, where it passes.
+
+    The number of pairs is fixed beforehand, for they become the plan's evidence. Code in the plan's `artifacts/` is of
+    the software before and is not used.
+
+    Args:
+        plan: As for `check_plan`, and so are the rest.
+        workload: What it is for.
+        config: By default the plan's own.
+        keep_compiled: Directory for what is compiled, as a plan's `artifacts/` holds it; nothing is kept by default.
+        max_slowdown: The smallest slowdown that matters.
+        keep: Share of the planned speed-up that must be left.
+        max_seconds: Limit of the timing.
+        name: What is checked.
+        command: What reproduces this.
+        listen: Called with each `Event`.
+
+    Raises:
+        KptError: As `check_plan`.
+        InterruptedCheck: Ctrl-C.
+    """
+    findings, config = _begin(plan, config, keep, max_slowdown=max_slowdown, name=name, command=command)
+    if not same_code(plan, findings.device):
+        return findings.stale(differences(plan, findings.device), ""), None
+    measured = plan.chosen.measurement
+    with tempfile.TemporaryDirectory(prefix="kpt-check-") as scratch:
+        asked = Asked(
+            plan=plan,
+            config=config,
+            device=findings.device.vendor,
+            target=workload.target,
+            packed="",
+            artifacts="",
+            max_seconds=max_seconds,
+            max_pairs=max(_REFRESH_PAIRS, len(measured.samples_ms) if measured is not None else 0),
+            max_slowdown=max_slowdown,
+            owed=_owed(plan, keep),
+            fixed=True,
             keep_compiled="" if keep_compiled is None else str(keep_compiled),
             samples=str(Path(scratch) / "samples.jsonl"),
         )
-        if listen is not None:
-            listen(Event("note", "checking numerics, then timing in turns", budget_s=max_seconds))
-        try:
-            seen = _run(asked, workload, Path(scratch))
-        except KeyboardInterrupt as stop:
-            partial = build.undecided("interrupted", read_samples(Path(asked.samples)))
-            raise InterruptedCheck(partial) from stop
-        samples = read_samples(Path(asked.samples))
+        _tell(listen, max_seconds)
+        comparison, seen = _judged(asked, workload, Path(scratch), findings, keep)
+    if comparison.verdict is not Verdict.PASS or seen is None:
+        return comparison, None
+    return comparison, stamp(plan, _as_evidence(seen, comparison), findings.device)
+
+
+def _begin(
+    plan: Plan, config: KernelPyTorchConfig | None, keep: float, *, max_slowdown: float, name: str, command: str
+) -> tuple[Findings, KernelPyTorchConfig]:
+    if not 0.0 <= keep <= 1.0:
+        raise KptError(f"keep must be between 0 and 1, got {keep}")
+    name = name or plan.workload.name or "model"
+    return Findings(plan, here(plan), max_slowdown, name, command, time.monotonic()), config or config_of(plan)
+
+
+def _owed(plan: Plan, keep: float) -> float:
+    return max(1.0, keep * planned(plan).low) if plan.candidate.steps else 1.0
+
+
+def _artifacts(path: Path) -> Path:
+    return (path if path.is_dir() else path.parent) / "artifacts"
+
+
+def _tell(listen: Listener | None, max_seconds: float) -> None:
+    if listen is not None:
+        listen(Event("note", "checking numerics, then timing in turns", budget_s=max_seconds))
+
+
+def _judged(
+    asked: Asked, workload: Workload, scratch: Path, findings: Findings, keep: float
+) -> tuple[Comparison, Seen | None]:
+    try:
+        seen = _run(asked, workload, scratch)
+    except KeyboardInterrupt as stop:
+        raise InterruptedCheck(findings.undecided("interrupted", read_samples(Path(asked.samples)))) from stop
+    samples = read_samples(Path(asked.samples))
     if isinstance(seen, str):
-        return Checked(build.undecided(seen, samples))
-    comparison = build.judged(seen, samples, owed, keep)
-    if not refresh or comparison.verdict is not Verdict.PASS:
-        return Checked(comparison, seen.trial)
-    fresh = _as_evidence(seen, samples)
-    return Checked(comparison, fresh, stamp(plan, fresh, device))
+        return findings.undecided(seen, samples), None
+    return findings.judged(seen, samples, asked.owed, keep), seen
 
 
 def _run(asked: Asked, workload: Workload, scratch: Path) -> Seen | str:
@@ -180,12 +241,8 @@ def _patience_s(asked: Asked) -> float:
     return max(asked.config.trial_timeout_s, 3.0 * asked.plan.chosen.seconds) + 2.0 * asked.max_seconds
 
 
-def _samples(plan: Plan) -> tuple[float, ...]:
-    return plan.chosen.measurement.samples_ms if plan.chosen.measurement is not None else ()
-
-
-def _as_evidence(seen: Seen, samples: tuple[tuple[float, ...], tuple[float, ...]]) -> Trial:
-    base, head = samples
+def _as_evidence(seen: Seen, comparison: Comparison) -> Trial:
+    base, head = comparison.base_samples_ms, comparison.head_samples_ms
     first = seen.trial.measurement
     assert first is not None
     measured = Measurement(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from kernel_pytorch.core.types import DeviceSpec, Measurement, Plan, Ratio, Status, Trial, Verdict
+from kernel_pytorch.guard.culprit import find_culprits
 from kernel_pytorch.guard.plan_trial import Seen
 from kernel_pytorch.guard.stale import same_code, software_of, told_only
 from kernel_pytorch.guard.types import Comparison, Culprit, SideFacts
@@ -53,19 +54,12 @@ class Findings:
 
     def stale(self, changed: tuple[str, ...], again: str) -> Comparison:
         """Return the comparison of a plan that is of other software or another device; `again` re-validates it."""
-        made = self.plan.device
-        before = SideFacts(
-            "planned",
-            software=software_of(made, self.plan.package_version),
-            device_key=made.key,
-            fingerprint=self._model,
-        )
         if same_code(self.plan, self.device):
             how = f"to validate it here and stamp it anew: {again}" if again else "validate it here with refresh=True"
         else:
             how = f"it cannot be applied here; make one: {self._optimize()}"
         reason = f"the plan was made with something else than what is here: {'; '.join(changed)}; {how}"
-        return self._make(Verdict.STALE, reason, base=before, head=self._side("here"))
+        return self._make(Verdict.STALE, reason, base=self._planned_side(), head=self._side("here"))
 
     def undecided(self, why: str, samples: Samples) -> Comparison:
         """Return the comparison of a check that ended early, with what was sampled until then."""
@@ -100,7 +94,7 @@ class Findings:
                 for s, b in zip(sides, (told.baseline_peak_bytes, told.peak_bytes), strict=True)
             ]
         notes = (self._kept(change), *self._memory(told), *judged.notes, *notes)
-        return self._make(
+        found = self._make(
             judged.verdict,
             self._reason(judged, change, owed, keep),
             base=sides[0],
@@ -108,8 +102,9 @@ class Findings:
             samples=samples,
             change=change,
             notes=tuple(n for n in notes if n),
-            culprits=self._culprits(seen) if judged.verdict is Verdict.FAIL else (),
         )
+        failed = judged.verdict is Verdict.FAIL
+        return replace(found, culprits=self._culprits(seen, found, owed)) if failed else found
 
     def _reason(self, judged: Judgement, change: Ratio, owed: float, keep: float) -> str:
         now, plan = _inverse(change), planned(self.plan)
@@ -145,9 +140,9 @@ class Findings:
                 lines.append(f"peak memory is {now}, {told.peak_bytes / before - 1.0:.0%} more {what} ({old})")
         return tuple(lines)
 
-    def _culprits(self, seen: Seen) -> tuple[Culprit, ...]:
-        """Return what differs from when the plan was made: layers that got slower, new notes, clocks and load."""
-        made, culprits = self.plan.chosen, []
+    def _culprits(self, seen: Seen, found: Comparison, owed: float) -> tuple[Culprit, ...]:
+        """Return what differs from when the plan was made: layers that got slower, new notes, clocks, load, memory."""
+        made, layers = self.plan.chosen, []
         for layer, (before, after) in seen.layers_ms.items():
             if layer in made.layers_ms:
                 old_before, old_after = made.layers_ms[layer]
@@ -155,10 +150,28 @@ class Findings:
                 if was > _LAYER_SLOWER * now:
                     what = f"{layer} was {was:.2f}x as fast as unmodified when it was planned, is {now:.2f}x now"
                     evidence = {"planned_ms": old_after, "now_ms": after, "unmodified_ms": before}
-                    culprits.append(((was - now) * after, Culprit("kernels", what, evidence=evidence)))
-        ranked = [culprit for _, culprit in sorted(culprits, key=lambda one: -one[0])]
+                    layers.append(((was - now) * after, Culprit("kernels", what, evidence=evidence)))
+        ranked = [culprit for _, culprit in sorted(layers, key=lambda one: -one[0])]
         fresh = [note for note in seen.trial.notes if note not in made.notes]
-        return (*ranked, *(Culprit("recompilation", f"new since it was planned: {note}") for note in fresh))
+        told = made.measurement
+        since = replace(
+            found,
+            base=replace(
+                self._planned_side(),
+                telemetry=told.telemetry if told is not None else {},
+                peak_bytes=told.peak_bytes if told is not None else None,
+            ),
+            base_samples_ms=tuple(ms / owed for ms in found.base_samples_ms),
+            change=None if found.change is None else _scaled(found.change, owed),
+        )
+        known = tuple(culprit for culprit in find_culprits(since) if culprit.kind != "unknown")
+        notes = tuple(Culprit("recompilation", f"new since it was planned: {note}") for note in fresh)
+        return (*ranked, *known, *notes)
+
+    def _planned_side(self) -> SideFacts:
+        made = self.plan.device
+        software = software_of(made, self.plan.package_version)
+        return SideFacts("planned", software=software, device_key=made.key, fingerprint=self._model)
 
     @property
     def _model(self) -> str:
@@ -187,7 +200,6 @@ class Findings:
         samples: Samples = ((), ()),
         change: Ratio | None = None,
         notes: tuple[str, ...] = (),
-        culprits: tuple[Culprit, ...] = (),
     ) -> Comparison:
         return Comparison(
             kind="check",
@@ -203,7 +215,6 @@ class Findings:
             base_samples_ms=samples[0],
             head_samples_ms=samples[1],
             notes=notes,
-            culprits=culprits,
             command=self.command,
             seconds=time.monotonic() - self.began,
         )

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import kernel_pytorch
+from kernel_pytorch.core.config import KernelPyTorchConfig
 from kernel_pytorch.core.types import DeviceSpec, Plan, Trial
+from kernel_pytorch.errors import KptError, PlanError
 
-__all__ = ["differences", "same_code", "software_of", "stamp"]
+__all__ = ["config_of", "differences", "same_code", "software_of", "stamp", "told_only"]
 
 _TOLD_ONLY = ("os",)
 """What decides no generated code and no library: a difference is told, and the plan is judged all the same."""
+
+
+def config_of(plan: Plan) -> KernelPyTorchConfig:
+    """Return the configuration that a plan was searched with.
+
+    Raises:
+        PlanError: It is corrupted.
+    """
+    known = {f.name for f in fields(KernelPyTorchConfig)}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in plan.config.items() if k in known}
+    try:
+        return KernelPyTorchConfig(**given)  # type: ignore[arg-type]  # its own checks follow
+    except (KptError, TypeError, ValueError) as error:
+        raise PlanError(f"the plan's configuration is corrupted: {error}", fix="run `kpt optimize` again") from error
 
 
 def software_of(device: DeviceSpec, package_version: str = "") -> dict[str, str]:
