@@ -91,7 +91,7 @@ def as_json(compared: Compared) -> dict[str, Any]:
     """Return everything that is known, raw samples included, as plain JSON values.
 
     A figure that is not finite is `None`. `schema_version` is `SCHEMA_VERSION`;
-    `kernel_pytorch.guard.importers.read_comparison` reads it back.
+    `kernel_pytorch.guard.saved.read_comparisons` reads it back.
     """
     return {
         "schema_version": SCHEMA_VERSION,
