@@ -65,8 +65,12 @@ def test_slower_head_fails_with_the_facts_of_both_sides() -> None:
         assert facts.python == sys.executable
         assert facts.telemetry["warm_up_calls"] >= 2
         assert "cpu_others_percent" not in facts.telemetry
+        assert any("addmm" in name or "linear" in name for name in facts.kernels_ms), facts.kernels_ms
+        assert facts.peak_bytes
     assert found.base.fingerprint == found.head.fingerprint != ""
-    assert any("turns" in event.message for event in told)
+    assert "confirmed by" in found.reason
+    assert found.culprits
+    assert sum("turns" in event.message for event in told) == 2
     assert no_workers_left()
 
 
@@ -160,6 +164,8 @@ def test_arguments_that_make_no_sense() -> None:
         Side("base")
     with pytest.raises(KptError, match="mode"):
         side("base", "quick", mode="serving")
+    with pytest.raises(KptError, match="max_slowdown"):
+        compare_sides(side("base", "quick"), side("head", "quick"), max_slowdown=0.0)
     with pytest.raises(KptError, match="max_seconds"):
         compare_sides(side("base", "quick"), side("head", "quick"), max_seconds=0.0)
     with pytest.raises(KptError, match="the other a command"):

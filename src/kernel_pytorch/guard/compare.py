@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 import threading
 import time
 import uuid
@@ -15,7 +16,9 @@ from kernel_pytorch.backends import manager_for
 from kernel_pytorch.core.types import Event, Listener, Ratio, Verdict
 from kernel_pytorch.errors import KptError
 from kernel_pytorch.guard.commands import CommandRunner
+from kernel_pytorch.guard.culprit import find_culprits
 from kernel_pytorch.guard.processes import SideFailed, terminable
+from kernel_pytorch.guard.revisions import provenance
 from kernel_pytorch.guard.series import SeriesError, check_series, read_series
 from kernel_pytorch.guard.side_by_side import Limits, Run, Side, SideError, WorkerRunner, check_same, take_turns
 from kernel_pytorch.guard.types import Comparison, SideFacts
@@ -26,6 +29,8 @@ __all__ = ["compare_series", "compare_sides"]
 
 _LOCK_PATIENCE_S = 1.0
 _BUSY_CORES = 0.25
+_FEWEST_FRESH = 16
+_CONFIRM_CONFIDENCE = 0.8
 
 
 def compare_sides(
@@ -38,6 +43,7 @@ def compare_sides(
     name: str = "",
     profile: bool = True,
     same_model: bool = True,
+    confirm: bool = True,
     listen: Listener | None = None,
     command: str = "",
     limits: Limits | None = None,
@@ -51,9 +57,11 @@ def compare_sides(
         max_slowdown: The smallest slowdown that matters, as a fraction.
         max_seconds: Limit of warm-up and sampling together; loading and compiling come before it.
         max_pairs: Pairs of samples at most.
-        name: What is compared, stable over time; by default the target or the command.
-        profile: Whether each side is profiled where it failed.
+        name: What is compared, stable over time; by default head's target or command.
+        profile: Whether each side is profiled where it failed, and the culprits are looked for.
         same_model: Whether two targets must be of the same structure, with inputs of the same shapes.
+        confirm: Whether a slower target is sampled again, as long, in fresh processes before that is said: a process
+            may be slow for its own luck (where its memory lies), which no number of samples of it tells.
         listen: Called with each `Event`, of kind `note` with a line for people.
         command: What reproduces it.
         limits: Of loading, and of a call that hangs; its `sampling` is `max_seconds`.
@@ -67,44 +75,52 @@ def compare_sides(
             `EnvironmentUnusableError`), sides that are not the same work (`NotComparableError`), bad arguments.
     """
     began = time.monotonic()
-    if not max_seconds > 0.0 or max_pairs < 2:
-        raise KptError(f"max_seconds must be above 0 and max_pairs at least 2, got {max_seconds} and {max_pairs}")
-    if (base.command is None) != (head.command is None):
-        raise KptError("one side is a target and the other a command", fix="give two of a kind")
+    _check(base, head, max_slowdown, max_seconds, max_pairs)
     say = _speaker(listen, began, max_seconds)
-    with ExitStack() as stack:
-        stack.enter_context(terminable())
-        runners: list[WorkerRunner | CommandRunner] = []
-        for side in (base, head):
-            runners.append(WorkerRunner(side) if side.command is None else CommandRunner(side))
-            stack.callback(runners[-1].close)
-        decision = _Decision(Sequential(max_slowdown, max_pairs))
-        limits = replace(limits or Limits(), sampling=max_seconds)
-        run = _load(runners, limits, say, same_model=same_model)
-        if run.failure is None:
-            stack.enter_context(_device(say))
-            say("sampling in turns")
-            run = take_turns(*runners, done=decision.reached, limits=limits, max_pairs=max_pairs, seed=seed)
-        verdict, reason, change, notes = _outcome(run, decision)
-        facts = [_facts(one, run, notes, profile=profile and verdict is Verdict.FAIL) for one in runners]
-    return Comparison(
+    limits = replace(limits or Limits(), sampling=max_seconds)
+    decision = _Decision(Sequential(max_slowdown, max_pairs))
+    with terminable():
+        with _sides(base, head) as runners:
+            run = _load(runners, limits, say, same_model=same_model)
+            if run.failure is None:
+                with _device(say):
+                    run = take_turns(*runners, done=decision.reached, limits=limits, max_pairs=max_pairs, seed=seed)
+            found = _outcome(run, decision)
+            fresh = confirm and found.verdict is Verdict.FAIL and base.command is None
+            if not fresh:
+                facts = [_facts(one, run, found, profile=profile) for one in runners]
+        if fresh:
+            say("slower: sampling again in fresh processes")
+            pairs = max(_FEWEST_FRESH, len(run.base_ms))
+            limits = replace(limits, sampling=max(max_seconds - run.seconds, run.seconds))
+            with _sides(base, head) as runners:
+                again = _load(runners, limits, say, same_model=same_model)
+                if again.failure is None:
+                    with _device(say):
+                        again = take_turns(*runners, done=_never, limits=limits, max_pairs=pairs, seed=seed + 1)
+                found = _confirmed(found, again, max_slowdown)
+                run = _joined(run, again)
+                facts = [_facts(one, run, found, profile=profile) for one in runners]
+    comparison = Comparison(
         kind="compare",
-        name=name or _what(base),
-        verdict=verdict,
-        reason=reason,
+        name=name or _what(head),
+        verdict=found.verdict,
+        reason=found.reason,
         max_slowdown=max_slowdown,
         base=facts[0],
         head=facts[1],
         created=_now(),
         id=uuid.uuid4().hex,
-        change=change,
+        change=found.change,
         base_samples_ms=run.base_ms,
         head_samples_ms=run.head_ms,
         paired=True,
-        notes=tuple(notes),
+        notes=tuple(found.notes),
         command=command,
         seconds=time.monotonic() - began,
     )
+    repository = head.avoid or head.directory
+    return replace(comparison, culprits=find_culprits(comparison, repo=repository)) if profile else comparison
 
 
 def compare_series(
@@ -197,6 +213,26 @@ def _load(
     return Run()
 
 
+def _check(base: Side, head: Side, max_slowdown: float, max_seconds: float, max_pairs: int) -> None:
+    if not max_seconds > 0.0 or max_pairs < 2:
+        raise KptError(f"max_seconds must be above 0 and max_pairs at least 2, got {max_seconds} and {max_pairs}")
+    if not 0.0 < max_slowdown < math.inf:
+        raise KptError(f"max_slowdown must be above 0, got {max_slowdown}")
+    if (base.command is None) != (head.command is None):
+        raise KptError("one side is a target and the other a command", fix="give two of a kind")
+
+
+@contextmanager
+def _sides(base: Side, head: Side) -> Iterator[tuple[WorkerRunner | CommandRunner, WorkerRunner | CommandRunner]]:
+    """Yield what runs each side, not started yet; ends whatever was started."""
+    with ExitStack() as stack:
+        found: list[WorkerRunner | CommandRunner] = []
+        for side in (base, head):
+            found.append(WorkerRunner(side) if side.command is None else CommandRunner(side))
+            stack.callback(found[-1].close)
+        yield found[0], found[1]
+
+
 def _now() -> str:
     return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
@@ -222,36 +258,100 @@ def _device(say: Callable[[str], None]) -> Iterator[None]:
     try:
         with manager_for().exclusive():
             waiting.cancel()
+            say("sampling in turns")
             yield
     finally:
         waiting.cancel()
 
 
-def _outcome(run: Run, decision: _Decision) -> tuple[Verdict, str, Ratio | None, list[str]]:
+@dataclass(slots=True)
+class _Found:
+    """What a run says."""
+
+    verdict: Verdict
+    reason: str
+    change: Ratio | None
+    notes: list[str]
+
+
+def _outcome(run: Run, decision: _Decision) -> _Found:
     notes = []
     if run.foreign_load_cores >= _BUSY_CORES:
         notes.append(f"other processes kept {run.foreign_load_cores:.1f} cores busy meanwhile")
     if run.failure is None:
         seen = decision.final(run)
-        return seen.verdict, seen.reason, seen.change, [*seen.notes, *notes]
+        return _Found(seen.verdict, seen.reason, seen.change, [*seen.notes, *notes])
     change = paired_ratio(run.head_ms, run.base_ms) if run.head_ms else None
-    if run.head_ms:
-        notes.append(f"{len(run.head_ms)} pairs were sampled before it failed")
-    if run.failure.tail:
-        notes.append(f"it said last:\n{run.failure.tail}")
-    return Verdict.INCONCLUSIVE, run.failure.reason, change, notes
+    return _Found(Verdict.INCONCLUSIVE, run.failure.reason, change, [*notes, *_told(run.failure, len(run.head_ms))])
 
 
-def _facts(runner: WorkerRunner | CommandRunner, run: Run, notes: list[str], *, profile: bool) -> SideFacts:
+def _told(failure: SideFailed, pairs: int) -> list[str]:
+    kept = [f"{pairs} pairs were sampled before it failed"] if pairs else []
+    return [*kept, f"it said last:\n{failure.tail}"] if failure.tail else kept
+
+
+def _confirmed(found: _Found, again: Run, max_slowdown: float) -> _Found:
+    """Return the outcome after a second run in fresh processes.
+
+    The first has proven that the head was slower. The second is asked whether that was more than the luck of two
+    processes: it must show a third of `max_slowdown`, and at a one-sided confidence of 90 % a slowdown at all.
+    """
+    assert found.change is not None
+    seen = f"{found.change.value - 1.0:+.1%}"
+    if again.failure is not None or len(again.base_ms) < _FEWEST_FRESH // 2:
+        why = again.failure.reason if again.failure is not None else "time was up"
+        reason = f"the head was slower ({seen}), which fresh processes could not confirm: {why}"
+        notes = _told(again.failure, len(again.head_ms)) if again.failure is not None else []
+        return _Found(Verdict.INCONCLUSIVE, reason, found.change, [*found.notes, *notes])
+    fresh = paired_ratio(again.head_ms, again.base_ms, confidence=_CONFIRM_CONFIDENCE)
+    told = f"{fresh.value - 1.0:+.1%} in fresh processes"
+    if fresh.low > 1.0 and fresh.value >= 1.0 + max_slowdown / 3.0:
+        return replace(found, reason=f"{found.reason}; confirmed by {told}")
+    reason = f"the head was slower in one pair of processes ({seen}), not in another ({told})"
+    return replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason)
+
+
+def _never(base_ms: Sequence[float], head_ms: Sequence[float]) -> bool:  # noqa: ARG001  all pairs are taken
+    return False
+
+
+def _joined(run: Run, again: Run) -> Run:
+    """Return both runs as one."""
+    return replace(
+        again,
+        base_ms=run.base_ms + again.base_ms,
+        head_ms=run.head_ms + again.head_ms,
+        foreign_load_cores=max(run.foreign_load_cores, again.foreign_load_cores),
+    )
+
+
+def _facts(runner: WorkerRunner | CommandRunner, run: Run, found: _Found, *, profile: bool) -> SideFacts:
     """Return a side's facts; one that fails while it is asked for the last of them is told of in the notes."""
     facts = runner.facts()
     if run.failure is None and isinstance(runner, WorkerRunner):
         try:
             facts = replace(facts, peak_bytes=runner.peak_bytes())
-            facts = replace(facts, kernels_ms=runner.kernels_ms() if profile else {})
+            if profile and found.verdict is Verdict.FAIL:
+                facts = replace(facts, kernels_ms=runner.kernels_ms())
         except (SideFailed, SideError) as error:
-            notes.append(f"not all is known of it: {error}")
-    if not run.head_ms:
-        return facts
-    load = {"foreign_load_cores": run.foreign_load_cores, "warm_up_calls": float(run.warm_up_calls)}
-    return replace(facts, telemetry={**facts.telemetry, **load})
+            found.notes.append(f"not all is known of it: {error}")
+    if run.head_ms:
+        load = {"foreign_load_cores": run.foreign_load_cores, "warm_up_calls": float(run.warm_up_calls)}
+        facts = replace(facts, telemetry={**facts.telemetry, **load})
+    return _with_provenance(facts, runner)
+
+
+def _with_provenance(facts: SideFacts, runner: WorkerRunner | CommandRunner) -> SideFacts:
+    """Say which commit the side's code is of, where it is not a worktree of one, and which this package there."""
+    side = runner.side
+    if not facts.revision:
+        path, colon, _ = (side.target or "").rpartition(":")
+        place = Path(path) if colon and path.endswith(".py") else Path()
+        commit, dirty = provenance((side.directory or Path.cwd()) / place)
+        facts = replace(facts, revision=commit, dirty=dirty)
+    if isinstance(runner, WorkerRunner) and side.avoid is None and runner.told:
+        commit, dirty = provenance(Path(runner.told["package"]))
+        if commit:
+            version = f"{facts.software['kernel_pytorch']}+g{commit[:12]}{'.dirty' if dirty else ''}"
+            facts = replace(facts, software={**facts.software, "kernel_pytorch": version})
+    return facts

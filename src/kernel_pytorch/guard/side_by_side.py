@@ -57,7 +57,6 @@ _MAX_WARM_UP = 24
 _WARM_UP_SHARE = 0.25
 _HANG_FACTOR = 50.0
 _POLL_S = 0.5
-_BUSY_CORES = 0.25
 
 
 class NotComparableError(KptError):
@@ -391,6 +390,7 @@ class Run:
         failure: Why it ended early, where a side failed.
         foreign_load_cores: Mean number of cores that other processes kept busy meanwhile.
         warm_up_calls: Calls of each side before the first sample.
+        seconds: What warm-up and sampling took.
     """
 
     base_ms: tuple[float, ...] = ()
@@ -398,6 +398,7 @@ class Run:
     failure: SideFailed | None = None
     foreign_load_cores: float = 0.0
     warm_up_calls: int = 0
+    seconds: float = 0.0
 
 
 def take_turns(
@@ -448,6 +449,7 @@ def take_turns(
     except SideFailed as failure:
         run.failure = failure
     run.foreign_load_cores = _ForeignLoad.now().cores_since(load)
+    run.seconds = time.monotonic() - began
     pairs = min(map(len, series))
     run.base_ms, run.head_ms = tuple(series[0][:pairs]), tuple(series[1][:pairs])
     return run
