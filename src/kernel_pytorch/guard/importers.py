@@ -1,8 +1,8 @@
 """Results of pytest-benchmark and of asv, judged.
 
 Both tools time one revision after the other, so their samples are judged as series that were not taken side by side:
-mostly INCONCLUSIVE, with how to take them properly. That is what such files can tell. Their past belongs into the
-history all the same, and nobody changes tools in one day.
+INCONCLUSIVE unless their drift can be bounded, with how to take them properly. That is what such files can tell. Their
+past belongs into the history all the same, and nobody changes tools in one day.
 
 Formats: what pytest-benchmark 5 writes (`--benchmark-json`, `.benchmarks/`), and asv's results of version 2 as
 https://asv.readthedocs.io/en/stable/dev.html describes them; their columns are named in the file.
