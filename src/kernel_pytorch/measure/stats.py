@@ -137,19 +137,26 @@ def _persistence(series: tuple[Array, ...], margin: float) -> float:
     return max(math.sqrt((1.0 + r) / (1.0 - r)), math.sqrt(sum(stretches) / len(stretches)))
 
 
+@lru_cache(maxsize=16)
+def _pairs(n: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    return np.triu_indices(n)
+
+
 def _walsh(logs: Array, cutoff: int) -> tuple[float, float, float]:
     """Return the median of the means of all pairs of values, the `cutoff`-th smallest and the `cutoff`-th largest.
 
-    Each value is paired with itself too. Without a cutoff (0), the outer two are the extremes. Beyond 1,500 values,
-    whose million means would take longer to sort than to take, the ranks are found by bisection.
+    Each value is paired with itself too. Without a cutoff (0), the outer two are the extremes. Beyond 500 values,
+    whose means would be many, the ranks are found by bisection.
     """
     n = logs.size
     total = n * (n + 1) // 2
-    if n <= 1500:
-        rows, columns = np.triu_indices(n)
-        walsh = np.sort((logs[rows] + logs[columns]) / 2.0)
+    if n <= 500:
+        rows, columns = _pairs(n)
         last = max(1, cutoff)
-        return float(np.median(walsh)), float(walsh[last - 1]), float(walsh[total - last])
+        wanted = (last - 1, (total - 1) // 2, total // 2, total - last)
+        walsh = np.partition((logs[rows] + logs[columns]) / 2.0, sorted(set(wanted)))
+        low, lower, upper, high = (float(walsh[k]) for k in wanted)
+        return (lower + upper) / 2.0, low, high
     values = np.sort(logs)
     own = np.arange(n)
 

@@ -76,10 +76,8 @@ def judge_pairs(base_ms: Sequence[float], head_ms: Sequence[float], *, max_slowd
     Raises:
         ValueError: Different lengths, no pair, a time that is not a positive number, or a `max_slowdown` not above 0.
     """
-    if len(base_ms) != len(head_ms):
-        raise ValueError(f"need pairs of times, got {len(base_ms)} of the base and {len(head_ms)} of the head")
     _check_slowdown(max_slowdown)
-    return _judge(_times("base", base_ms), _times("head", head_ms), max_slowdown, ERROR)
+    return _judge(base_ms, head_ms, max_slowdown, ERROR)
 
 
 class Sequential:
@@ -126,18 +124,13 @@ class Sequential:
         pairs = len(base_ms)
         if last or pairs >= self.max_pairs:
             error = ERROR * (1.0 - _EARLY) if self.looks else ERROR
-            return self._judge(base_ms, head_ms, error)
+            return _judge(base_ms, head_ms, self.max_slowdown, error)
         due = sum(n <= pairs for n in self.looks)
         if due <= self._taken:
             return None
         self._taken = due
-        judged = self._judge(base_ms, head_ms, ERROR * _EARLY / len(self.looks))
+        judged = _judge(base_ms, head_ms, self.max_slowdown, ERROR * _EARLY / len(self.looks), undecided=False)
         return None if judged.verdict is Verdict.INCONCLUSIVE else judged
-
-    def _judge(self, base_ms: Sequence[float], head_ms: Sequence[float], error: float) -> Judgement:
-        if len(base_ms) != len(head_ms):
-            raise ValueError(f"need pairs of times, got {len(base_ms)} of the base and {len(head_ms)} of the head")
-        return _judge(_times("base", base_ms), _times("head", head_ms), self.max_slowdown, error)
 
 
 def judge_series(base_ms: Sequence[float], head_ms: Sequence[float], *, max_slowdown: float = 0.03) -> Judgement:
@@ -179,7 +172,13 @@ def judge_series(base_ms: Sequence[float], head_ms: Sequence[float], *, max_slow
     return Judgement(verdict, change, max_slowdown, pairs, reason, _skipped(skipped))
 
 
-def _judge(base: Array, head: Array, max_slowdown: float, error: float) -> Judgement:
+def _judge(
+    base_ms: Sequence[float], head_ms: Sequence[float], max_slowdown: float, error: float, *, undecided: bool = True
+) -> Judgement:
+    """Judge all pairs so far; where nobody will see what is `undecided`, its notes are not worked out."""
+    if len(base_ms) != len(head_ms):
+        raise ValueError(f"need pairs of times, got {len(base_ms)} of the base and {len(head_ms)} of the head")
+    base, head = _times("base", base_ms), _times("head", head_ms)
     taken = base.size
     skipped = warm_up(base, head) if taken >= MIN_PAIRS + 2 else 0
     skipped = min(skipped, taken - MIN_PAIRS) if skipped else 0
@@ -196,6 +195,8 @@ def _judge(base: Array, head: Array, max_slowdown: float, error: float) -> Judge
         return Judgement(Verdict.INCONCLUSIVE, change, max_slowdown, pairs, reason)
     verdict = _verdict(change, max_slowdown)
     reason = _ground(verdict, change, max_slowdown)
+    if verdict is Verdict.INCONCLUSIVE and not undecided:
+        return Judgement(verdict, change, max_slowdown, pairs, reason)
     if verdict is Verdict.INCONCLUSIVE:
         reason += f" in {pairs} pairs{_more(change, max_slowdown, pairs)}"
     notes = notes_of(base, head, slower=verdict is Verdict.FAIL, max_slowdown=max_slowdown)
