@@ -113,9 +113,8 @@ class Database:
     def _shrink(self) -> None:
         """Give the pages of deleted rows back to the file system; PostgreSQL's autovacuum does so by itself."""
         with closing(self._engine.raw_connection()) as connection:
-            cursor = connection.cursor()
-            for statement in ("PRAGMA incremental_vacuum", "PRAGMA wal_checkpoint(TRUNCATE)"):
-                cursor.execute(statement).fetchall()
+            # `execute` would take the first step only, which frees one page.
+            connection.cursor().executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _create_engine(self) -> sa.Engine:
         if self._address.path is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, Index, MetaData, String, Text
+from sqlalchemy import JSON, DateTime, Double, Index, MetaData, String, Text
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -61,11 +61,11 @@ class Run(Tables):
     name: Mapped[str] = mapped_column(String)
     verdict: Mapped[str] = mapped_column(String)
     reason: Mapped[str] = mapped_column(Text)
-    change: Mapped[float | None]
-    change_low: Mapped[float | None]
-    change_high: Mapped[float | None]
-    base_ms: Mapped[float | None]
-    head_ms: Mapped[float | None]
+    change: Mapped[float | None] = mapped_column(Double)
+    change_low: Mapped[float | None] = mapped_column(Double)
+    change_high: Mapped[float | None] = mapped_column(Double)
+    base_ms: Mapped[float | None] = mapped_column(Double)
+    head_ms: Mapped[float | None] = mapped_column(Double)
     base_revision: Mapped[str] = mapped_column(String)
     head_revision: Mapped[str] = mapped_column(String)
     device: Mapped[str] = mapped_column(String)

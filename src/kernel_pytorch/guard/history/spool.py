@@ -9,7 +9,6 @@ import json
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,8 +34,11 @@ class Spool:
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        temporary = Path(tempfile.gettempdir()) / f"kernel_pytorch-spool-{os.getuid()}"
-        self.places = (find_state_directory() / "spool" / address.key, temporary / address.key)
+        # Not tempfile.gettempdir(): it raises where every disk is full, and may answer with the working directory.
+        parents = [Path(os.environ.get("TMPDIR") or "/tmp") / f"kernel_pytorch-spool-{os.getuid()}"]  # noqa: S108
+        with contextlib.suppress(HistoryError):
+            parents.insert(0, find_state_directory() / "spool")
+        self.places = tuple(parent / address.key for parent in parents)
 
     def add(self, run: Comparison) -> Path:
         """Write a run and return its file; it survives a kill or a power cut once this returns.
@@ -58,14 +60,14 @@ class Spool:
             return path
         raise HistoryError(
             f"no local disk takes the run ({'; '.join(failures)})",
-            fix="free some space, or set TMPDIR or XDG_STATE_HOME",
+            fix="free some space, or set XDG_STATE_HOME or TMPDIR to a directory that can be written",
         )
 
     def files(self) -> list[Path]:
         """Return the waiting files, oldest run first."""
         found: list[Path] = []
         for place in self.places:
-            if _is_private(place):
+            if _is_own(place.parent) and _is_own(place):
                 found += place.glob("[!.]*.json")
         return sorted(found, key=lambda path: path.name)
 
@@ -127,18 +129,18 @@ def _file_name(run: Comparison) -> str:
 
 def _make_private(place: Path) -> None:
     """Create a directory that only this user can enter, and refuse one that somebody else prepared."""
-    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    place.mkdir(mode=0o700, exist_ok=True)
-    if not _is_private(place):
-        raise HistoryError(f"{place.parent} belongs to somebody else")
+    for directory in (place.parent, place):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_own(directory):
+            raise HistoryError(f"{directory} belongs to somebody else")
 
 
-def _is_private(place: Path) -> bool:
+def _is_own(directory: Path) -> bool:
     try:
-        found = [directory.lstat() for directory in (place.parent, place)]
+        found = directory.lstat()
     except OSError:
         return False
-    return all(stat.S_ISDIR(s.st_mode) and s.st_uid == os.getuid() for s in found)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def _sync(directory: Path) -> None:
