@@ -13,7 +13,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from kernel_pytorch.backends.capture import end_failed_capture
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
@@ -151,7 +152,8 @@ class Recorder:
                 out = run()
         except RuntimeError as error:
             first = _first(error)
-            self._mend()
+            end_failed_capture(self.device, self._pool, self._stream)
+            self._pool = torch.cuda.graph_pool_handle()
             if isinstance(first, torch.OutOfMemoryError):
                 raise first from None
             raise CandidateError(f"it cannot be recorded as a CUDA graph: {_told(first)}") from error
@@ -161,20 +163,6 @@ class Recorder:
             return out
 
         return replay
-
-    def _mend(self) -> None:
-        """Take allocator and generator out of the state that a failed capture leaves them in.
-
-        `CUDAGraph.capture_end` raises before it ends the allocation to the pool and before the generator's epilogue.
-        """
-        index = torch.cuda.current_device() if self.device.index is None else self.device.index
-        with suppress(RuntimeError):  # the pool was left already
-            torch._C._cuda_endAllocateToPool(index, self._pool)  # noqa: SLF001
-            torch._C._cuda_releasePool(index, self._pool)  # noqa: SLF001
-        self._pool = torch.cuda.graph_pool_handle()
-        scratch = torch.zeros(1, device=self.device)
-        with torch.cuda.device(self.device), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
-            scratch.add_(1)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kernel_pytorch.backends.accelerator import Accelerator
+from kernel_pytorch.backends.capture import end_failed_capture
 from kernel_pytorch.backends.nvidia import telemetry
 
 __all__ = ["NvidiaHardwareManager"]
@@ -66,11 +67,12 @@ def _captured(fn: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         for _ in range(_CAPTURE_WARM_UP):
             fn()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    current = torch.cuda.current_stream()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.graph(graph):
+        # The stream is set here as well: torch.cuda.graph leaves it set where ending the capture raises.
+        with torch.cuda.stream(side), torch.cuda.graph(graph, pool=pool, stream=side):
             fn()
-    finally:
-        torch.cuda.set_stream(current)  # a capture that fails leaves its own stream the current one
+    except BaseException:
+        end_failed_capture(torch.device("cuda", torch.cuda.current_device()), pool, side)
+        raise
     return graph
