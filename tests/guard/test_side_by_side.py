@@ -179,12 +179,16 @@ def test_whatever_ends_the_run_ends_its_workers(number: signal.Signals, tmp_path
         textwrap.dedent(f"""
         import signal
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        from kernel_pytorch.guard.compare import compare_sides
+        from kernel_pytorch.guard.compare import InterruptedComparison, compare_sides
         from kernel_pytorch.guard.side_by_side import Side
-        compare_sides(
-            Side("base", {f"{TARGETS}:quick"!r}), Side("head", {f"{TARGETS}:hangs"!r}), max_seconds=600.0,
-            listen=lambda event: print(event.message, flush=True),
-        )
+        try:
+            compare_sides(
+                Side("base", {f"{TARGETS}:quick"!r}), Side("head", {f"{TARGETS}:hangs"!r}), max_seconds=600.0,
+                listen=lambda event: print(event.message, flush=True),
+            )
+        except InterruptedComparison as stop:
+            found = stop.comparison
+            print("kept", len(found.head_samples_ms), found.verdict, found.reason, flush=True)
         """)
     )
     with subprocess.Popen(
@@ -196,7 +200,12 @@ def test_whatever_ends_the_run_ends_its_workers(number: signal.Signals, tmp_path
                 break
         workers = psutil.Process(driver.pid).children(recursive=True)
         assert len(workers) >= 2
+        time.sleep(2.0)  # samples, and then the hang
         driver.send_signal(number)
+        rest = driver.stdout.read()
         driver.wait(30)
         _, alive = psutil.wait_procs(workers, timeout=10)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    if number != signal.SIGKILL:
+        assert rest.startswith("kept ")
+        assert "INCONCLUSIVE interrupted" in rest

@@ -25,12 +25,24 @@ from kernel_pytorch.guard.types import Comparison, SideFacts
 from kernel_pytorch.measure.stats import paired_ratio
 from kernel_pytorch.validation.regression import Judgement, Sequential, judge_pairs, judge_series
 
-__all__ = ["compare_series", "compare_sides"]
+__all__ = ["InterruptedComparison", "compare_series", "compare_sides"]
 
 _LOCK_PATIENCE_S = 1.0
 _BUSY_CORES = 0.25
 _FEWEST_FRESH = 16
 _CONFIRM_CONFIDENCE = 0.8
+
+
+class InterruptedComparison(KeyboardInterrupt):
+    """Ctrl-C, or SIGTERM, while samples were taken.
+
+    Attributes:
+        comparison: What was sampled until then; INCONCLUSIVE.
+    """
+
+    def __init__(self, comparison: Comparison) -> None:
+        super().__init__()
+        self.comparison = comparison
 
 
 def compare_sides(
@@ -73,6 +85,7 @@ def compare_sides(
     Raises:
         KptError: What a caller can mend: a target, a plan or an environment that is refused (`SideError`,
             `EnvironmentUnusableError`), sides that are not the same work (`NotComparableError`), bad arguments.
+        InterruptedComparison: Ctrl-C while samples were taken, with what there is of them.
     """
     began = time.monotonic()
     _check(base, head, max_slowdown, max_seconds, max_pairs)
@@ -119,6 +132,8 @@ def compare_sides(
         command=command,
         seconds=time.monotonic() - began,
     )
+    if run.interrupted is not None:
+        raise InterruptedComparison(comparison) from run.interrupted
     repository = head.avoid or head.directory
     return replace(comparison, culprits=find_culprits(comparison, repo=repository)) if profile else comparison
 

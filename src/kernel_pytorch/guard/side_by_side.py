@@ -388,6 +388,7 @@ class Run:
         base_ms: Samples of the old side in time order, paired with those of the new one.
         head_ms: Samples of the new side.
         failure: Why it ended early, where a side failed.
+        interrupted: Whether it was Ctrl-C (or SIGTERM) that ended it.
         foreign_load_cores: Mean number of cores that other processes kept busy meanwhile.
         warm_up_calls: Calls of each side before the first sample.
         seconds: What warm-up and sampling took.
@@ -396,6 +397,7 @@ class Run:
     base_ms: tuple[float, ...] = ()
     head_ms: tuple[float, ...] = ()
     failure: SideFailed | None = None
+    interrupted: KeyboardInterrupt | SystemExit | None = None
     foreign_load_cores: float = 0.0
     warm_up_calls: int = 0
     seconds: float = 0.0
@@ -448,6 +450,8 @@ def take_turns(
         collect(sample, min_pairs=2, max_pairs=max(2, max_pairs), confidence=0.95, late=late, seed=seed)
     except SideFailed as failure:
         run.failure = failure
+    except (KeyboardInterrupt, SystemExit) as stop:
+        run.interrupted, run.failure = stop, SideFailed("interrupted")
     run.foreign_load_cores = _ForeignLoad.now().cores_since(load)
     run.seconds = time.monotonic() - began
     pairs = min(map(len, series))

@@ -23,7 +23,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,12 @@ def _software(spec: Any) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def _let_go_of_the_lock() -> None:
+    """From here on the driver holds the device's lock for this process: what waited for it here would wait for ever."""
+    lock = _import("kernel_pytorch.backends.lock")
+    lock.exclusive = lambda _: nullcontext()
+
+
 def _strays(root: str) -> list[str]:
     """Return modules that came from a checkout that this side must not run; installed packages are none."""
     found = []
@@ -233,6 +239,7 @@ class _Session:
         if strays:
             raise _RefusedError("stray", ", ".join(strays[:3]))
         spec = loaded.manager.spec
+        _let_go_of_the_lock()
         loaded.manager.telemetry()  # some values count from the call before
         return {
             "device_key": spec.key,
