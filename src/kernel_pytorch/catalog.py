@@ -20,6 +20,7 @@ from kernel_pytorch.transforms.dtype import Dtype
 from kernel_pytorch.transforms.fused_optimizer import FusedOptimizer
 from kernel_pytorch.transforms.int8_eager import Int8Eager
 from kernel_pytorch.transforms.kernel_swap import KernelSwap
+from kernel_pytorch.transforms.linear_algorithm import LinearAlgorithm
 from kernel_pytorch.transforms.loss_head import LossHead
 from kernel_pytorch.transforms.precision_policy import PrecisionPolicy
 from kernel_pytorch.transforms.prepack import Prepack
@@ -41,6 +42,7 @@ TRANSFORMS: tuple[Transform, ...] = (
     PrecisionPolicy(),
     KernelSwap(),
     Rope(),
+    LinearAlgorithm(),
     LossHead(),
     Prepack(),
     Int8Eager(),
