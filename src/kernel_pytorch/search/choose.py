@@ -9,8 +9,8 @@ from kernel_pytorch.measure.stats import cautious, confirmed
 
 __all__ = ["TIE", "finalists", "is_confirmed", "why_not"]
 
-TIE = 0.98
-"""Candidates within 2 % of the fastest tie with it, and the one with fewer steps is confirmed first."""
+TIE = 0.99
+"""Candidates within 1 % of the fastest tie with it, and the one with fewer steps is confirmed first."""
 
 
 def finalists(trials: Iterable[Trial], min_gain: float, most: int = 3) -> list[Trial]:
