@@ -20,16 +20,19 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kernel_pytorch.errors import KptError
+
 if TYPE_CHECKING:
     from kernel_pytorch.guard.types import Comparison
 
-__all__ = ["Kpt", "KptWarning"]
+__all__ = ["Kpt"]
 
 _POLICIES = ("pass", "fail", "skip")
 _INI = {
@@ -41,10 +44,6 @@ _MARKER = (
     "kpt(max_slowdown=0.03, max_seconds=60, max_pairs=400, inconclusive='pass', name=''): limits of the comparisons "
     "that a test makes with the `kpt` fixture"
 )
-
-
-class KptWarning(pytest.PytestWarning):
-    """Something about a comparison that does not fail the test: it could not be recorded, say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +60,19 @@ class Limits:
         """Return them with changes.
 
         Raises:
-            ValueError: A name that is none of them, or a value that cannot be; `where` says whose it was.
+            KptError: A name that is none of them, or a value that cannot be; `where` says whose it was.
         """
         known = {f.name for f in fields(self)}
         unknown = sorted(set(changes) - known)
         if unknown:
-            raise ValueError(f"{where} does not know {', '.join(unknown)}; it takes {', '.join(sorted(known))}")
+            raise KptError(f"{where} does not know {', '.join(unknown)}; it takes {', '.join(sorted(known))}")
         changed = replace(self, **changes)
         for name in ("max_slowdown", "max_seconds", "max_pairs"):
             value = getattr(changed, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < float("inf"):
-                raise ValueError(f"{where}: {name} must be a number above 0, got {value!r}")
+                raise KptError(f"{where}: {name} must be a number above 0, got {value!r}")
         if changed.inconclusive not in _POLICIES:
-            raise ValueError(f"{where}: inconclusive must be one of {', '.join(_POLICIES)}")
+            raise KptError(f"{where}: inconclusive must be one of {', '.join(_POLICIES)}")
         return changed
 
 
@@ -85,6 +84,8 @@ class Kpt:
         self._limits = limits
         self.comparisons: list[Comparison] = []
         """What was compared so far in this test."""
+        self.told: list[str] = []
+        """What went wrong beside it: a history that is away, say."""
 
     def compare(
         self, base: Callable[[], Any], head: Callable[[], Any], *, device: str = "", **changes: Any
@@ -114,6 +115,92 @@ class Kpt:
             limits,
         )
 
+    def against(
+        self,
+        base: str = "",
+        *,
+        target: str = "",
+        command: str = "",
+        mode: str = "inference",
+        **changes: Any,
+    ) -> Comparison:
+        """Fail the test if the checkout, as it is now, is slower than another revision of it.
+
+        Both run in processes of their own and take turns; the other revision has a worktree, which is removed again.
+
+        Args:
+            base: The git revision; by default what `--kpt-base` or the ini option `kpt_base` names. Where none does,
+                the test is skipped: the same suite runs at a desk, and against `origin/main` in a pull request.
+            target: What to run, as `kpt` takes it; a path is relative to pytest's root directory.
+            command: Instead: a command that prints times in milliseconds, one number a line.
+            mode: `inference`, or `training`: whole steps are timed then.
+            **changes: What the marker takes, for this comparison alone.
+        """
+        from kernel_pytorch.guard.compare import compare_sides
+        from kernel_pytorch.guard.revisions import revision_sides
+
+        limits, config = self._limits_with(changes), self._node.config
+        base = base or config.getoption("kpt_base") or config.getini("kpt_base")
+        if not base:
+            pytest.skip("kpt: nothing to compare with: pytest --kpt-base REV (or the ini option kpt_base)")
+        sides = revision_sides(
+            base,
+            "HEAD",
+            target=target or None,
+            command=tuple(shlex.split(command)) or None,
+            mode=mode,
+            repository=config.rootpath,
+            allow_dirty=True,
+        )
+        with _refusals(), sides as (old, new):
+            comparison = compare_sides(
+                old,
+                new,
+                max_slowdown=limits.max_slowdown,
+                max_seconds=limits.max_seconds,
+                max_pairs=int(limits.max_pairs),
+                name=self._name(limits),
+                command=self._command("--kpt-base", base),
+            )
+        return self._judge(_explained(comparison), limits)
+
+    def check(self, plan: str | Path, target: str = "", *, trust_artifacts: bool = False, **changes: Any) -> Comparison:
+        """Fail the test if a plan no longer holds here: its numerics, or its speed over the unmodified model.
+
+        STALE (made with other software, or on another device) fails too, with the command that refreshes it.
+
+        Args:
+            plan: A plan, or the directory of its search.
+            target: What it is for; by default what the plan's own command names. A path is relative to pytest's root
+                directory, as is the plan's.
+            trust_artifacts: Whether code in the plan's `artifacts/` may be loaded.
+            **changes: What the marker takes, for this comparison alone.
+        """
+        from kernel_pytorch.cli.guard import recorded_target
+        from kernel_pytorch.core.targets import load_target
+        from kernel_pytorch.guard.check import check_plan
+        from kernel_pytorch.plan.store import load_plan
+
+        limits, root = self._limits_with(changes), self._node.config.rootpath
+        path = root / plan
+        with _refusals():
+            loaded = load_plan(path)
+            directory = path if path.is_dir() else path.parent
+            named = target or recorded_target(loaded, directory.resolve())
+            comparison = check_plan(
+                loaded,
+                path,
+                load_target(_below(root, named)),
+                trust_artifacts=trust_artifacts,
+                max_slowdown=limits.max_slowdown,
+                max_seconds=limits.max_seconds,
+                max_pairs=int(limits.max_pairs),
+                again=shlex.join(["kpt", "check", str(plan), named, "--refresh"]),
+                name=self._name(limits),
+                command=self._command(),
+            )
+        return self._judge(comparison, limits)
+
     def _limits_with(self, changes: Mapping[str, Any]) -> Limits:
         return self._limits.but("kpt", changes)
 
@@ -123,8 +210,8 @@ class Kpt:
         taken = sum(c.name == name or c.name.startswith(f"{name} (") for c in self.comparisons)
         return f"{name} ({taken + 1})" if taken else name
 
-    def _command(self) -> str:
-        return shlex.join(["pytest", self._node.nodeid])
+    def _command(self, *options: str) -> str:
+        return shlex.join(["pytest", self._node.nodeid, *options])
 
     def _judge(self, comparison: Comparison, limits: Limits) -> Comparison:
         from kernel_pytorch.core.types import Verdict
@@ -133,7 +220,8 @@ class Kpt:
         if beside := _other_workers(self._node.config):
             comparison = replace(comparison, notes=(*comparison.notes, beside))
         self.comparisons.append(comparison)
-        _record(self._node, comparison)
+        if told := _record(self._node.config, comparison):
+            self.told.append(told)
         # What `record_property` does, without its warning of JUnit's second family, which an ordinary run would show.
         self._node.user_properties += _properties(comparison, len(self.comparisons))
         undecided = comparison.verdict is Verdict.INCONCLUSIVE
@@ -173,20 +261,28 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses the fixture, so that `-m kpt` and `-m 'not kpt'` choose by it."""
+    """Mark what uses the fixture, so that `-m kpt` and `-m 'not kpt'` choose by it; a marker alone guards nothing."""
     for item in items:
-        if "kpt" in getattr(item, "fixturenames", ()) and item.get_closest_marker("kpt") is None:
+        uses = "kpt" in getattr(item, "fixturenames", ())
+        if uses and item.get_closest_marker("kpt") is None:
             item.add_marker(pytest.mark.kpt)
+        if not uses and any(marker.name == "kpt" for marker in item.own_markers):
+            raise pytest.UsageError(
+                f"{item.nodeid}: @pytest.mark.kpt limits the comparisons of the fixture `kpt`, "
+                "which the test does not ask for: def test_it(kpt): kpt.compare(base, head)"
+            )
 
 
 @pytest.fixture
 def kpt(request: pytest.FixtureRequest) -> Kpt:
     """Compare times: `kpt.compare(base, head)`, `kpt.against(revision, target)`, `kpt.check(plan, target)`."""
     node = request.node
-    try:
+    with _refusals():
         limits = _limits(node)
-    except ValueError as error:
-        pytest.fail(f"{node.nodeid}: {error}", pytrace=False)
+        if where := _history(node.config):
+            from kernel_pytorch.guard.history import open_history
+
+            open_history(None if where == "default" else where)  # a place that cannot be one is refused here
     node.stash[_FIXTURE] = made = Kpt(node, limits)
     return made
 
@@ -202,7 +298,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.when == "teardown" and made is not None and made.comparisons:
         from kernel_pytorch.report.comparison import as_json
 
-        report.kpt = [as_json(c) for c in made.comparisons]  # type: ignore[attr-defined]
+        report.kpt = {"comparisons": [as_json(c) for c in made.comparisons], "told": made.told}  # type: ignore[attr-defined]
     return report
 
 
@@ -212,12 +308,14 @@ class _Reporter:
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._comparisons: list[Comparison] = []
+        self._told: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if told := getattr(report, "kpt", ()):
+        if seen := getattr(report, "kpt", None):
             from kernel_pytorch.guard.saved import as_comparison
 
-            self._comparisons += map(as_comparison, told)
+            self._comparisons += map(as_comparison, seen["comparisons"])
+            self._told += seen["told"]
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if not self._comparisons:
@@ -229,6 +327,8 @@ class _Reporter:
             terminalreporter.write_line(f"{c.verdict!s:<12} {one_line(c.name)}  {change(c.change)}")
             if c.verdict != "PASS":
                 terminalreporter.write_line(f"{'':<12} {one_line(c.reason)}")
+        for line in dict.fromkeys(self._told):
+            terminalreporter.write_line(f"history: {one_line(line)}")
 
     def pytest_sessionfinish(self) -> None:
         for path in self._config.getoption("kpt_report"):
@@ -243,22 +343,51 @@ def _limits(node: pytest.Item) -> Limits:
     limits = Limits().but("ini option kpt_inconclusive", {"inconclusive": policy} if policy else {})
     for marker in reversed(list(node.iter_markers("kpt"))):
         if marker.args:
-            raise ValueError(f"@pytest.mark.kpt takes names only, got {marker.args[0]!r}: kpt(max_slowdown=0.03)")
+            raise KptError(f"@pytest.mark.kpt takes names only, got {marker.args[0]!r}: kpt(max_slowdown=0.03)")
         limits = limits.but("@pytest.mark.kpt", marker.kwargs)
     return limits
 
 
-def _record(node: pytest.Item, comparison: Comparison) -> None:
-    """Record a comparison into the history, where one is configured; what goes wrong there fails no test."""
-    where = node.config.getoption("kpt_history") or node.config.getini("kpt_history")
-    if not where or where == "none":
-        return
-    from kernel_pytorch.guard.history import History
+def _record(config: pytest.Config, comparison: Comparison) -> str:
+    """Record a comparison into the history, where one is configured; return what went wrong, which fails no test."""
+    if not (where := _history(config)):
+        return ""
+    from kernel_pytorch.guard.history import open_history
 
+    store = open_history(None if where == "default" else where)
+    return store.record(comparison).message if store is not None else ""
+
+
+def _history(config: pytest.Config) -> str:
+    where = str(config.getoption("kpt_history") or config.getini("kpt_history"))
+    return "" if where == "none" else where
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Fail with the message of what was refused, and how to mend it, instead of with a traceback."""
     try:
-        History(None if where == "default" else where).record(comparison)
-    except (OSError, ValueError) as error:
-        node.warn(KptWarning(f"not recorded in {where}: {error}"))
+        yield
+    except KptError as error:
+        fix = f"\nfix: {error.fix}" if error.fix else ""
+        trace = f"\n{error.user_traceback}" if error.user_traceback else ""
+        raise pytest.fail.Exception(f"kpt: {error}{fix}{trace}", pytrace=False) from None
+
+
+def _explained(comparison: Comparison) -> Comparison:
+    """Return a slowdown with what probably caused it."""
+    from kernel_pytorch.core.types import Verdict
+    from kernel_pytorch.guard.culprit import find_culprits
+
+    if comparison.verdict is not Verdict.FAIL:
+        return comparison
+    return replace(comparison, culprits=find_culprits(comparison))
+
+
+def _below(root: Path, target: str) -> str:
+    """Return a target whose file is named from the root directory."""
+    file, colon, factory = target.rpartition(":")
+    return f"{root / file}{colon}{factory}" if file.endswith(".py") else target
 
 
 def _properties(comparison: Comparison, number: int) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,10 @@ import pytest
 from _pytest.pytester import SysModulesSnapshot
 
 from kernel_pytorch import pytest_plugin
+from kernel_pytorch.guard.history import History
 from kernel_pytorch.guard.saved import read_comparisons
+
+MAKE_PLAN = Path(__file__).parents[1] / "cli" / "make_plan.py"
 
 pytest_plugins = ["pytester"]
 pytestmark = pytest.mark.serial
@@ -172,6 +175,104 @@ def test_what_uses_the_fixture_is_chosen_by_the_marker(run) -> None:
     source = "def test_a(kpt):\n    pass\n\ndef test_b():\n    pass\n"
     run(source, "-m", "kpt").assert_outcomes(passed=1, deselected=1)
     run(source, "-m", "not kpt").assert_outcomes(passed=1, deselected=1)
+
+
+def test_a_marker_that_guards_nothing_is_refused(run) -> None:
+    done = run("@pytest.mark.kpt(max_slowdown=0.1)\ndef test_it():\n    pass\n")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines(["*test_speed.py::test_it: @pytest.mark.kpt limits the comparisons of the fixture*"])
+
+
+ANY = """
+@pytest.mark.kpt(max_slowdown=5, max_pairs=16, name="any")
+def test_it(kpt):
+    kpt.compare(base=takes(1), head=takes(1))
+"""
+
+
+def test_comparisons_are_recorded_where_the_ini_file_says(run, pytester: pytest.Pytester) -> None:
+    pytest.importorskip("sqlalchemy", reason="pip install 'kernel-pytorch[history]'")
+    database = pytester.path / "runs.db"
+    ini = f"kpt_history = {database}"
+    run(ANY, ini=ini).assert_outcomes(passed=1)
+    run(ANY, "--kpt-history=none", ini=ini).assert_outcomes(passed=1)
+    (recorded,) = History(str(database)).runs()
+    assert recorded.name == "any"
+    assert len(recorded.head_samples_ms) == 16
+
+
+def test_a_history_that_is_away_is_told_and_fails_no_test(
+    run, monkeypatch: pytest.MonkeyPatch, pytester: pytest.Pytester
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(pytester.path / "state"))
+    done = run(ANY, ini="kpt_history = postgresql://kpt:secret@127.0.0.1:9/kpt")
+    done.assert_outcomes(passed=1)
+    done.stdout.fnmatch_lines(["PASS *any *", "history: *"])
+    assert "secret" not in done.stdout.str()
+
+
+def test_a_history_that_cannot_be_one_is_an_error(run) -> None:
+    done = run(ANY, ini="kpt_history = gopher://nowhere")
+    done.assert_outcomes(errors=1)
+    done.stdout.fnmatch_lines(["kpt: a history cannot be kept at gopher://...", "fix: use a file name, *"])
+
+
+def test_against_nothing_is_skipped_and_says_what_to_give(run) -> None:
+    done = run("def test_it(kpt):\n    kpt.against(target='model.py:workload')\n", "-rs")
+    done.assert_outcomes(skipped=1)
+    done.stdout.fnmatch_lines(["*nothing to compare with: pytest --kpt-base REV*"])
+
+
+def test_against_a_revision_that_is_unknown_fails_in_one_line(run, pytester: pytest.Pytester) -> None:
+    subprocess.run(["git", "init", "-q", str(pytester.path)], check=True)
+    done = run("def test_it(kpt):\n    kpt.against('main', target='model.py:workload')\n")
+    done.assert_outcomes(failed=1)
+    done.stdout.fnmatch_lines(["kpt: unknown revision 'main' in *"])
+
+
+NET = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(4, 8)
+"""
+
+
+@pytest.mark.slow
+def test_a_plan_is_checked_and_one_of_other_software_is_stale(run, pytester: pytest.Pytester) -> None:
+    (pytester.path / "nets.py").write_text(NET)
+    for name, kind, *changes in (
+        ("good", "none"),
+        ("stale", "bf16", 'device.software.torch="1.0"'),
+        ("elsewhere", "bf16", 'workload.fingerprint="0"'),
+    ):
+        command = [sys.executable, str(MAKE_PLAN), name, kind, *changes]
+        subprocess.run(command, cwd=pytester.path, check=True, capture_output=True)
+    done = run(
+        """
+@pytest.mark.kpt(max_slowdown=1, max_pairs=16, max_seconds=2)
+@pytest.mark.parametrize("plan", ["good", "stale", "elsewhere"])
+def test_plan(kpt, plan):
+    kpt.check(plan, "nets.py:net")
+"""
+    )
+    done.assert_outcomes(passed=1, failed=2)
+    done.stdout.fnmatch_lines(
+        [
+            "kpt: STALE *test_plan[[]stale]*",
+            "*kpt check stale *nets.py:net --refresh*",
+            "kpt: *another model*",
+            "PASS * *test_plan[[]good] *",
+        ]
+    )
+
+
+def test_a_plan_that_is_not_there_fails_in_one_line(run) -> None:
+    done = run("def test_it(kpt):\n    kpt.check('nowhere', 'model.py:workload')\n")
+    done.assert_outcomes(failed=1)
+    done.stdout.fnmatch_lines(["kpt: *nowhere*"])
 
 
 def test_comparisons_reach_the_report_from_workers_of_xdist(run, pytester: pytest.Pytester) -> None:

@@ -58,8 +58,8 @@ _MOST_COMMENT = 60_000
 def render_comparison(compared: Compared, console: Console) -> None:
     """Print the verdict, the two sides, what probably caused a slowdown, and how to run it again."""
     title = Text.assemble((str(compared.verdict), _STYLES[compared.verdict]), "  ", (one_line(compared.name), "bold"))
-    console.print(title.append(f": {headline(compared)}"), soft_wrap=False)
-    console.print(Text(one_line(compared.reason, 1000)))
+    console.print(title.append(f": {headline(compared)}"), soft_wrap=True)
+    console.print(Text(one_line(compared.reason, 1000)), soft_wrap=True)  # it may name a command to copy
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
     table.add_column("", style="dim")
     for side in (compared.base, compared.head):
@@ -74,7 +74,7 @@ def render_comparison(compared: Compared, console: Console) -> None:
         if lines:
             console.print(Text(section, style="bold"))
         for line in lines:
-            console.print(Text(f"  - {one_line(line, 1000)}"))
+            console.print(Text(f"  - {one_line(line, 1000)}"), soft_wrap=True)
     if compared.command:
         console.print(Text.assemble(("again: ", "dim"), one_line(compared.command, 2000)), soft_wrap=True)
 
