@@ -207,7 +207,7 @@ def _strays(root: str) -> list[str]:
     found = []
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if name == "__main__" or not isinstance(file, str) or "site-packages" in file:
+        if name in ("__main__", "__mp_main__") or not isinstance(file, str) or "site-packages" in file:
             continue
         if os.path.realpath(file).startswith(os.path.realpath(root) + os.sep):
             found.append(f"{name} ({file})")
