@@ -17,7 +17,11 @@ import kernel_pytorch as kp
 def make_step(model: nn.Module, lr: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return `step(ids)`: the user's own loop over what `kp.prepare` returned."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-    model, optimizer = kp.prepare(model, optimizer, plan=os.environ["KPT_PLAN"])
+    plan = kp.load_plan(os.environ["KPT_PLAN"])
+    (ids, *_) = next(iter(plan.workload.signatures.values()))
+    example = torch.zeros(ids.shape, dtype=torch.int64, device=next(model.parameters()).device)
+    inputs = {"input_ids": example, "labels": example}
+    model, optimizer = kp.prepare(model, optimizer, plan=os.environ["KPT_PLAN"], inputs=inputs)
 
     def step(ids: torch.Tensor) -> torch.Tensor:
         loss = kp.fused_loss(model, {"input_ids": ids, "labels": ids})
