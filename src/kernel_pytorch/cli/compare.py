@@ -236,9 +236,8 @@ class _Runs:
 
     def _sides(self, base: Side, head: Side, *, profile: bool = True) -> Comparison:
         from kernel_pytorch.guard.compare import compare_sides
-        from kernel_pytorch.guard.culprit import find_culprits
 
-        found = compare_sides(
+        return compare_sides(
             base,
             head,
             max_slowdown=self.max_slowdown,
@@ -249,7 +248,6 @@ class _Runs:
             listen=self.listen,
             command=self.command,
         )
-        return replace(found, culprits=find_culprits(found)) if found.verdict is Verdict.FAIL and profile else found
 
     def _name(self) -> str:
         """Return what is compared: a file's directory differs from machine to machine, and a history lasts."""

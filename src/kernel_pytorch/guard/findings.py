@@ -17,7 +17,7 @@ from kernel_pytorch.guard.types import Comparison, Culprit, SideFacts
 from kernel_pytorch.measure.stats import paired_ratio
 from kernel_pytorch.validation.regression import Judgement
 
-__all__ = ["Findings", "planned"]
+__all__ = ["Findings", "Samples", "planned"]
 
 _GREW = 0.05
 _LAYER_SLOWER = 1.1
@@ -40,6 +40,7 @@ class Findings:
         plan: The plan.
         device: This machine's.
         max_slowdown: The smallest slowdown that matters.
+        keep: Share of the planned speed-up that had to be left.
         name: What is checked.
         command: What reproduces it.
         began: When the check began, on `time.monotonic`'s clock.
@@ -48,6 +49,7 @@ class Findings:
     plan: Plan
     device: DeviceSpec
     max_slowdown: float
+    keep: float
     name: str
     command: str
     began: float
@@ -59,7 +61,8 @@ class Findings:
         else:
             how = f"it cannot be applied here; make one: {self._optimize()}"
         reason = f"the plan was made with something else than what is here: {'; '.join(changed)}; {how}"
-        return self._make(Verdict.STALE, reason, base=self._planned_side(), head=self._side("here"))
+        found = self._make(Verdict.STALE, reason, base=self._planned_side(), head=self._side("here"))
+        return replace(found, culprits=find_culprits(found))
 
     def undecided(self, why: str, samples: Samples) -> Comparison:
         """Return the comparison of a check that ended early, with what was sampled until then."""
@@ -68,19 +71,19 @@ class Findings:
         notes = (f"{len(head)} pairs were sampled before",) if head else ()
         return self._make(Verdict.INCONCLUSIVE, why, samples=samples, change=change, notes=notes)
 
-    def judged(self, seen: Seen, samples: Samples, owed: float, keep: float) -> Comparison:
+    def judged(self, seen: Seen, samples: Samples, owed: float) -> Comparison:
         """Return the comparison of a plan that was tried.
 
         Args:
             seen: What the trial has told.
             samples: What it has sampled.
             owed: Speed-up that the plan had to show.
-            keep: Share of the planned speed-up which that is.
         """
         trial = seen.trial
         notes = (*told_only(self.plan, self.device), *_unchecked(trial))
         if trial.status is Status.WRONG:
-            return self._make(Verdict.WRONG, _wrong(trial), notes=notes)
+            found = self._make(Verdict.WRONG, _wrong(trial), notes=notes)
+            return replace(found, culprits=find_culprits(replace(found, base=self._planned_side())))
         if trial.status is Status.FAILED:
             return self._make(Verdict.FAIL, f"the plan no longer runs: {trial.reason}", notes=notes)
         if trial.status is not Status.OK or seen.judgement is None:
@@ -96,7 +99,7 @@ class Findings:
         notes = (self._kept(change), *self._memory(told), *judged.notes, *notes)
         found = self._make(
             judged.verdict,
-            self._reason(judged, change, owed, keep),
+            self._reason(judged, change, owed),
             base=sides[0],
             head=sides[1],
             samples=samples,
@@ -106,16 +109,19 @@ class Findings:
         failed = judged.verdict is Verdict.FAIL
         return replace(found, culprits=self._culprits(seen, found, owed)) if failed else found
 
-    def _reason(self, judged: Judgement, change: Ratio, owed: float, keep: float) -> str:
+    def _reason(self, judged: Judgement, change: Ratio, owed: float) -> str:
         now, plan = _inverse(change), planned(self.plan)
         seen = f"{now.value:.2f}x ({now.low:.2f} to {now.high:.2f}) of the unmodified model's speed"
         if judged.verdict is Verdict.FAIL and change.low > 1.0:
             return f"the plan is slower than the unmodified model: {seen}"
         if judged.verdict is Verdict.FAIL:
-            return f"the planned speed-up is lost: {plan.value:.2f}x was planned, now {seen}; {keep:.0%} had to be kept"
+            kept = f"{self.keep:.0%} had to be kept"
+            return f"the planned speed-up is lost: {plan.value:.2f}x was planned, now {seen}; {kept}"
         if judged.verdict is Verdict.PASS:
             return f"right, and {seen}" + (f", {plan.value:.2f}x was planned" if self.plan.candidate.steps else "")
-        need = f"{owed:.2f}x, {keep:.0%} of what was planned" if owed > 1.0 else "as fast as the unmodified model"
+        if judged.change.low > 1.0:
+            return f"right, and slower in one process ({seen}), {judged.reason}"
+        need = f"{owed:.2f}x, {self.keep:.0%} of what was planned" if owed > 1.0 else "as fast as the unmodified model"
         return f"right, and {seen}: {judged.pairs} pairs do not decide whether it is {need}"
 
     def _kept(self, change: Ratio) -> str:

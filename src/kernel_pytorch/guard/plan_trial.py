@@ -58,7 +58,8 @@ class Asked:
         max_pairs: Pairs of samples at most.
         max_slowdown: The smallest slowdown that matters.
         owed: Speed-up that the plan must show: its time is judged against the unmodified model's over this.
-        fixed: Take all pairs and look once, at the end: the samples become evidence of a plan.
+        fixed: Take all pairs and look once, at the end: the samples become evidence of a plan, or confirm a verdict.
+        level: Of the validation: quick, standard or strict.
         keep_compiled: Where to keep what is compiled; empty keeps nothing.
         samples: File that gets each pair of samples as a line of JSON.
     """
@@ -74,6 +75,7 @@ class Asked:
     max_slowdown: float
     owed: float
     fixed: bool
+    level: str
     keep_compiled: str
     samples: str
 
@@ -176,6 +178,7 @@ def try_plan(asked: Asked, workload: Workload | None = None) -> Seen:
         seconds=min(asked.max_seconds, 5.0),
         pairs=2,
         seed=config.seed,
+        level=asked.level,
         artifact_dir=asked.keep_compiled,
     )
     trial = run_trial(bench, request, deployed)
