@@ -43,15 +43,16 @@ def find_culprits(comparison: Comparison, *, repo: Path | None = None) -> tuple[
     if comparison.verdict in (Verdict.PASS, Verdict.INCONCLUSIVE):
         return ()
     base, head = comparison.base, comparison.head
-    timed = comparison.verdict is not Verdict.WRONG
+    timed = comparison.verdict is Verdict.FAIL
     slowdown_ms = _slowdown_ms(comparison)
     suspects: list[Suspect] = []
     shares: dict[str, float] = {}
     moved: tuple[str, ...] = ()
     profiled = bool(timed and base.kernels_ms and head.kernels_ms)
     if profiled:
-        moves = compare_profiles(base.kernels_ms, head.kernels_ms)
-        suspects += _kernels(comparison, moves, slowdown_ms, shares)
+        old_ms = statistics.median(comparison.base_samples_ms) if slowdown_ms is not None else 0.0
+        moves = compare_profiles(base.kernels_ms, head.kernels_ms, base_ms=old_ms)
+        suspects += _kernels(moves, slowdown_ms, old_ms, shares)
         moved = tuple(name for move in moves.slower[:_MOST_KERNELS] for name in move.names)
     fraction = comparison.change.value - 1.0 if timed and comparison.change is not None else 0.0
     slowdown = Slowdown(max(0.0, fraction), slowdown_ms, profiled, shares)
@@ -59,8 +60,9 @@ def find_culprits(comparison: Comparison, *, repo: Path | None = None) -> tuple[
         what = f"device {base.device_key} -> {head.device_key}"
         evidence = {"base_device": base.device_key, "head_device": head.device_key}
         suspects.append(Suspect(Culprit("device", what, None, evidence), 1.1))
-    suspects += software_suspects(base, head, slowdown)
-    suspects += _revisions(base, head, slowdown, moved, repo or Path.cwd())
+    software = list(software_suspects(base, head, slowdown))
+    suspects += software
+    suspects += _revisions(base, head, shares | ({"software": 0.5} if software else {}), moved, repo or Path.cwd())
     if timed:
         suspects += circumstances(base, head, slowdown)
     if not suspects and comparison.verdict is Verdict.FAIL:
@@ -74,30 +76,28 @@ def _slowdown_ms(comparison: Comparison) -> float | None:
     return statistics.median(comparison.base_samples_ms) * (comparison.change.value - 1.0)
 
 
-def _kernels(
-    comparison: Comparison, moves: Moves, slowdown_ms: float | None, shares: dict[str, float]
-) -> Iterator[Suspect]:
+def _kernels(moves: Moves, slowdown_ms: float | None, old_ms: float, shares: dict[str, float]) -> Iterator[Suspect]:
     """Give the kernels that moved and the time between them; fill in their shares by class."""
-    idle_ms = 0.0 if slowdown_ms is None else slowdown_ms - (moves.head_ms - moves.base_ms)
+    idle_ms = 0.0 if slowdown_ms is None or moves.whole else slowdown_ms - (moves.head_ms - moves.base_ms)
     alike_ms = moves.alike_ms if slowdown_ms is None else min(moves.alike_ms, max(0.0, slowdown_ms))
     added_ms = sum(move.delta_ms for move in moves.slower) + alike_ms + max(0.0, idle_ms)
     whole_ms = max(added_ms, slowdown_ms or 0.0, 1e-9)
     for move in moves.slower:
         shares[move.kind] = shares.get(move.kind, 0.0) + move.delta_ms / whole_ms
-    shares["alike"], shares["idle"] = alike_ms / whole_ms, max(0.0, idle_ms) / whole_ms
+    shares["alike"] = alike_ms / whole_ms
+    shares["idle"] = shares.get("idle", 0.0) + max(0.0, idle_ms) / whole_ms
     if shares["alike"] >= _LEAST_SHARE:
         what = f"all kernels slower alike, by {100.0 * (moves.alike - 1.0):.1f} %"
         yield _timed(what + ": the device, not one of them", alike_ms, shares["alike"], {"factor": moves.alike})
     for move in moves.slower[:_MOST_KERNELS]:
         share = move.delta_ms / whole_ms
         if share >= _LEAST_SHARE:
-            yield _timed(move.what, move.delta_ms, share, _figures(move))
-    if slowdown_ms is not None and shares["idle"] >= _LEAST_IDLE:
-        old_ms = statistics.median(comparison.base_samples_ms) - moves.base_ms
-        on_cpu = comparison.head.device_key.startswith("cpu")
-        what = "outside all operators (Python, data)" if on_cpu else "between kernels (launches, waits, Python)"
-        evidence = {"base_idle_ms": old_ms, "head_idle_ms": old_ms + idle_ms}
-        yield _timed(what, idle_ms, shares["idle"], evidence, kind="idle")
+            kind = "idle" if move.kind == "idle" else "kernels"
+            what = "outside all operators (Python, data, waiting)" if kind == "idle" else move.what
+            yield _timed(what, move.delta_ms, share, _figures(move), kind=kind)
+    if idle_ms > 0.0 and idle_ms / whole_ms >= _LEAST_IDLE:
+        evidence = {"base_ms": old_ms - moves.base_ms, "head_ms": old_ms - moves.base_ms + idle_ms}
+        yield _timed("between kernels (launches, waits, Python)", idle_ms, idle_ms / whole_ms, evidence, kind="idle")
 
 
 def _figures(move: Move) -> dict[str, float | str]:
@@ -117,7 +117,7 @@ def _ms(value: float) -> str:
 
 
 def _revisions(
-    base: SideFacts, head: SideFacts, slowdown: Slowdown, moved: Sequence[str], repo: Path
+    base: SideFacts, head: SideFacts, shares: Mapping[str, float], moved: Sequence[str], repo: Path
 ) -> Iterator[Suspect]:
     if head.dirty or base.dirty:
         sides = " and ".join(side.label for side in (base, head) if side.dirty)
@@ -130,7 +130,7 @@ def _revisions(
     try:
         commits = commits_between(repo, base.revision, head.revision)
         missing = commits_between(repo, head.revision, base.revision)
-        scores = _scores(repo, commits, slowdown, moved)
+        scores = _scores(repo, commits, shares, moved)
     except KptError as error:
         what = f"revision {base.revision[:10]} -> {head.revision[:10]}; its commits could not be read: {error}"
         yield Suspect(Culprit("revision", what, None, span), 0.45)
@@ -156,8 +156,7 @@ def _commit_weight(score: float, place: int, commits: int) -> float:
     return (0.62 if commits == 1 else 0.35 + 0.25 * min(1.0, score)) - 0.03 * place
 
 
-def _scores(repo: Path, commits: Sequence[Commit], slowdown: Slowdown, moved: Sequence[str]) -> list[float]:
-    shares = dict(slowdown.shares or {})
+def _scores(repo: Path, commits: Sequence[Commit], shares: Mapping[str, float], moved: Sequence[str]) -> list[float]:
     names = [name.rpartition("::")[2].removesuffix(" backward").strip("_") for name in moved]
     return [relevance(repo, commit, shares, names) for commit in commits[:60]] + [0.05] * max(0, len(commits) - 60)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kernel_pytorch.guard.kernel_names import class_of, condensed
+from kernel_pytorch.guard.profile import OUTSIDE
 
 __all__ = ["Move", "Moves", "compare_profiles"]
 
@@ -17,6 +18,7 @@ _LEAST_NOISE, _MOST_NOISE = 0.01, 0.10
 _COUNTS_FROM = 0.005
 """Kernels below this share of the whole say nothing about the noise of a profile."""
 _SIGMAS = 3.0
+_BACKWARD = " backward"
 _FEW = 4
 _ALIKE = 0.6
 
@@ -66,6 +68,7 @@ class Moves:
         alike_ms: What that costs.
         base_ms: Sum of the old profile.
         head_ms: Sum of the new one.
+        whole: Whether the sums are those of whole calls, so that nothing lies between what they hold.
     """
 
     slower: tuple[Move, ...]
@@ -73,16 +76,31 @@ class Moves:
     alike_ms: float
     base_ms: float
     head_ms: float
+    whole: bool
 
 
-def compare_profiles(base: Mapping[str, float], head: Mapping[str, float]) -> Moves:
+def compare_profiles(
+    base: Mapping[str, float],
+    head: Mapping[str, float],
+    *,
+    base_ms: float = 0.0,
+) -> Moves:
     """Return what moved between two profiles of one call.
 
     What all kernels share (a lower clock) is taken off first. What then stands out of the noise, which is told from the
     kernels that both profiles have, is a move: a kernel in both; a new one; or kernels that came where others of their
     class went, which count together.
+
+    Args:
+        base: Profile of the old side, from `profile.kernels_ms`.
+        head: Of the new side.
+        base_ms: Time of a call of the old side without a profiler; 0.0 where it is not known. A CPU's profiles, which
+            hold the whole call, are scaled to it, both by one factor.
     """
     old, new = condensed(base), condensed(head)
+    if OUTSIDE in old and OUTSIDE in new and base_ms > 0.0:
+        scale = base_ms / sum(old.values())
+        old, new = ({name: ms * scale for name, ms in profile.items()} for profile in (old, new))
     whole = max(sum(old.values()), 1e-9)
     both = [name for name in old if name in new]
     logs = {name: math.log(new[name] / old[name]) for name in both if min(old[name], new[name]) > 0.0}
@@ -100,19 +118,21 @@ def compare_profiles(base: Mapping[str, float], head: Mapping[str, float]) -> Mo
     moves = _by_class(moves)
     slower = sorted((move for move in moves if move.delta_ms > 0.0), key=lambda move: -move.delta_ms)
     alike_ms = (factor - 1.0) * sum(old[name] for name in both)
-    return Moves(tuple(slower), factor, alike_ms, sum(old.values()), sum(new.values()))
+    holds_all = OUTSIDE in old and OUTSIDE in new
+    return Moves(tuple(slower), factor, alike_ms, sum(old.values()), sum(new.values()), whole=holds_all)
 
 
 def _noise(logs: Sequence[float]) -> float:
     """Return the standard deviation of a kernel's time from one profile to the next, in logarithms.
 
-    From the middle half of the kernels, most of which a change does not touch.
+    From the half of the kernels that changed most alike (the shortest half, Rousseeuw 1984): a median deviation would
+    grow with the moves themselves where nearly half of the kernels moved.
     """
     if len(logs) < _FEW:
         return _LEAST_NOISE
-    centre = statistics.median(logs)
-    spread = 1.4826 * statistics.median(abs(log - centre) for log in logs)
-    return min(_MOST_NOISE, max(_LEAST_NOISE, spread))
+    ordered, half = sorted(logs), math.ceil(len(logs) / 2)
+    width = min(ordered[i + half - 1] - ordered[i] for i in range(len(ordered) - half + 1))
+    return min(_MOST_NOISE, max(_LEAST_NOISE, width / (2.0 * 0.6745)))
 
 
 def _shared_log(logs: Mapping[str, float], old: Mapping[str, float], noise: float) -> float:
@@ -120,7 +140,7 @@ def _shared_log(logs: Mapping[str, float], old: Mapping[str, float], noise: floa
     if len(logs) < _FEW:
         return 0.0
     centre = statistics.median(logs.values())
-    if centre < 2.0 * noise / math.sqrt(len(logs)) or centre < _LEAST_NOISE:
+    if centre < max(2.0 * noise / math.sqrt(len(logs)), _LEAST_NOISE):
         return 0.0
     with_it = [name for name, log in logs.items() if abs(log - centre) < max(_SIGMAS * noise, centre / 2.0)]
     share = sum(old[name] for name in with_it) / sum(old[name] for name in logs)
@@ -206,6 +226,9 @@ def _by_class(moves: list[Move]) -> list[Move]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    if len(names) <= 2:
-        return " and ".join(names)
-    return f"{names[0]} and {len(names) - 1} others"
+    """Return names for people, longest time first; an operator and its backward pass are one."""
+    forward = {name.removesuffix(_BACKWARD): name for name in names}
+    told = [
+        f"{name} (and backward)" if {name, name + _BACKWARD} <= {*names} else last for name, last in forward.items()
+    ]
+    return " and ".join(told) if len(told) <= 2 else f"{told[0]} and {len(told) - 1} others"

@@ -6,6 +6,7 @@ import collections
 import re
 from collections.abc import Mapping
 
+from kernel_pytorch.guard.profile import OUTSIDE
 from kernel_pytorch.search.kinds import kind_of
 
 __all__ = ["class_of", "condensed", "short_name"]
@@ -89,7 +90,7 @@ def _condensed(path: str) -> str:
 
 def _kernel(name: str) -> str | None:
     """Return the short name of a GPU's kernel, or of a graph of compiled code; `None` for another event of the host."""
-    if _OPERATOR.match(name) or name in (AUTOGRAD, COMPILED_CALLS, DISPATCH, "detach"):
+    if _OPERATOR.match(name) or name in (AUTOGRAD, COMPILED_CALLS, DISPATCH, OUTSIDE, "detach"):
         return None
     if "autograd::" in name or _NODE.search(name) or _COMPILED_CALL.match(name):
         return None
@@ -98,6 +99,8 @@ def _kernel(name: str) -> str | None:
 
 def _without_operator(name: str) -> str:
     """Return what the time of an event that is part of no operator is spent for."""
+    if name == OUTSIDE:
+        return name
     if _COMPILED_CALL.match(name) or name == COMPILED_CALLS:
         return COMPILED_CALLS
     return AUTOGRAD if "autograd::" in name or _NODE.search(name) or name == AUTOGRAD else DISPATCH
@@ -171,7 +174,9 @@ Inductor fuses carry the names of all operators in them, so they are told by the
 
 
 def class_of(name: str) -> str:
-    """Return the class of a kernel or operator: one of `OperatorShare.kind`, `fused` (Inductor) or `communication`.
+    """Return the class of a kernel or operator: one of `OperatorShare.kind`, or one of those below.
+
+    `fused` is code of Inductor, `communication` that of collectives, `idle` the time outside of operators.
 
     Args:
         name: As the profiler tells it, or shortened.
@@ -181,6 +186,8 @@ def class_of(name: str) -> str:
         return "optimizer" if owner.endswith(".step") else class_of(owner)
     if own in (AUTOGRAD, COMPILED_CALLS, DISPATCH):
         return "overhead"
+    if own == OUTSIDE:
+        return "idle"
     if own.startswith("aten::"):
         return kind_of(own.removesuffix(" backward"))
     low = own.lower()

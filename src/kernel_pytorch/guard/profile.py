@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import collections
 import gc
+import math
 import os
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,25 +20,31 @@ from torch.profiler import ProfilerActivity, profile
 if TYPE_CHECKING:
     from kernel_pytorch.core.protocols import HardwareManager
 
-__all__ = ["kernels_ms"]
+__all__ = ["OUTSIDE", "kernels_ms", "profile_in_turns"]
+
+OUTSIDE = "outside operators"
+"""On a CPU, the time of a call that no operator takes: Python, data, waiting."""
 
 _INSIDE = " > "
 _LEAST_MS = 1e-4
+_QUIET = 4
+_APART_SIGMAS = 2.3
 
 
 def kernels_ms(
     call: Callable[[], Any],
     manager: HardwareManager,
     *,
-    min_calls: int = 3,
-    max_calls: int = 15,
-    max_seconds: float = 3.0,
+    min_calls: int = 1,
+    max_calls: int = 6,
+    max_seconds: float = 1.0,
 ) -> dict[str, float]:
     """Profile calls one by one and return the milliseconds of one call by kernel or operator, longest first.
 
-    Each figure is the median over the calls. On a GPU they are the kernels' own times; where kernels overlap, the
-    time is shared among them, so that the sum is how long the GPU was busy, and what the step takes beyond it is
-    spent between kernels. On a CPU they are operators' times without what they call.
+    Each figure is the lower quartile over the calls: what else runs on the machine only adds. On a GPU they are the
+    kernels' own times; where kernels overlap, the time is shared among them, so that the sum is how long the GPU was
+    busy, and what the step takes beyond it is spent between kernels. On a CPU they are operators' times without what
+    they call, and the rest of the call's time (`OUTSIDE`), so that the sum is the call's, profiler included.
 
     Args:
         call: One call (step), warmed up: what it compiles or tunes would be in its time.
@@ -64,8 +70,44 @@ def kernels_ms(
             break
     kept = calls[1:]
     names = {name for one in kept for name in one}
-    medians = {name: statistics.median(one.get(name, 0.0) for one in kept) for name in names}
-    return dict(sorted(((n, ms) for n, ms in medians.items() if ms >= _LEAST_MS), key=lambda item: -item[1]))
+    quiet = {name: sorted(one.get(name, 0.0) for one in kept)[len(kept) // _QUIET] for name in names}
+    return dict(sorted(((n, ms) for n, ms in quiet.items() if ms >= _LEAST_MS), key=lambda item: -item[1]))
+
+
+def profile_in_turns(
+    base: Callable[[], Mapping[str, float]], head: Callable[[], Mapping[str, float]], *, rounds: int = 2
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the profiles of two sides from several that were taken in turns (ABBA).
+
+    Two profiles that are taken one after the other differ by what the machine did meanwhile. Of each kernel the least
+    time counts, as what disturbs only adds; and where its times on one side lie among those on the other, both sides
+    get the same: it did not move, as far as can be seen.
+
+    Args:
+        base: Takes a short profile of the old side: `kernels_ms`, in this process or in the side's own.
+        head: Of the new side.
+        rounds: Blocks of four, at least two: fewer times of a kernel than four a side prove nothing.
+    """
+    taken: tuple[list[Mapping[str, float]], list[Mapping[str, float]]] = ([], [])
+    for i in (0, 1, 1, 0) * rounds:
+        taken[i].append((base, head)[i]())
+    sides: tuple[dict[str, float], dict[str, float]] = ({}, {})
+    for name in dict.fromkeys(name for one in (*taken[0], *taken[1]) for name in one):
+        times = [[one[name] for one in profiles if name in one] for profiles in taken]
+        told = [min(one) if len(one) > rounds else 0.0 for one in times]  # in most of them, or by chance
+        if all(told) and not _apart(*times):
+            told = [min(told)] * 2
+        for side, ms in zip(sides, told, strict=True):
+            if ms > 0.0:
+                side[name] = ms
+    return tuple(dict(sorted(side.items(), key=lambda item: -item[1])) for side in sides)  # type: ignore[return-value]
+
+
+def _apart(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Return whether two handfuls of times differ: Mann and Whitney's test at 2 %, of four each none may overlap."""
+    n, m = len(one), len(other)
+    above = sum((a > b) + 0.5 * (a == b) for a in one for b in other)
+    return abs(above - n * m / 2.0) >= _APART_SIGMAS * math.sqrt(n * m * (n + m + 1) / 12.0)
 
 
 def _profiled(call: Callable[[], Any], manager: HardwareManager, *, on_gpu: bool) -> dict[str, float]:
@@ -77,13 +119,18 @@ def _profiled(call: Callable[[], Any], manager: HardwareManager, *, on_gpu: bool
     gc.disable()
     try:
         with profile(activities=activities, acc_events=True) as recorded:
+            begin = time.perf_counter()
             call()
             manager.synchronize()
+            wall_ms = (time.perf_counter() - begin) * 1e3
     finally:
         if collects:
             gc.enable()
     events = list(recorded.events() or [])
-    return _on_gpu(events) if on_gpu else _on_cpu(events)
+    if on_gpu:
+        return _on_gpu(events)
+    found = _on_cpu(events)
+    return {**found, OUTSIDE: max(0.0, wall_ms - sum(found.values()))}
 
 
 def _on_gpu(events: Sequence[Any]) -> dict[str, float]:
