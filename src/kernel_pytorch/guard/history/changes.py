@@ -11,7 +11,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from kernel_pytorch.core.types import Verdict
 from kernel_pytorch.guard.history.errors import MissingPackageError
@@ -19,8 +19,10 @@ from kernel_pytorch.guard.types import Comparison
 
 __all__ = ["ChangePoint", "changes"]
 
-MAX_P_VALUE = 0.001
-"""Otava's own default."""
+MAX_P_VALUE = 0.0003
+"""Simulated with a CV of 1 %: of histories in which nothing changed, 0 % (8 runs) to 3 % (240) have a point, where
+Otava's own 0.001 gives 1 % to 14 %. A step of 3 % is found in 82 % of 15 runs and in 94 % of 30, and a median of 2 runs
+after it happened; one of 5 % after 1."""
 MIN_CHANGE = 0.01
 """Smaller shifts are not reported."""
 LEAST_RUNS = 4
@@ -94,16 +96,8 @@ def _change(run: Comparison) -> float:
 
 
 def _points(metric: Metric, runs: list[Comparison], values: list[float]) -> list[ChangePoint]:
-    try:
-        from otava.analysis import compute_change_points
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            "change points need Apache Otava, which is not installed",
-            fix="pip install --no-deps apache-otava==0.8.0  (its pins of numpy and scipy are stricter than its code)",
-        ) from error
-    points, _ = compute_change_points(values, max_pvalue=MAX_P_VALUE, min_magnitude=MIN_CHANGE)
     found = []
-    for point in points:
+    for point in _settled(values):
         run, previous = runs[point.index], runs[point.index - 1]
         before, after = float(point.stats.mean_1), float(point.stats.mean_2)
         found.append(
@@ -123,6 +117,32 @@ def _points(metric: Metric, runs: list[Comparison], values: list[float]) -> list
             )
         )
     return found
+
+
+def _settled(values: list[float]) -> list[Any]:
+    """Return Otava's change points, tested against the levels that are left.
+
+    When Otava 0.8 drops a point, it tests the next two again, but not the one before (github.com/apache/otava/pull/96
+    has the discussion), so that a level and a p-value may be of neighbours that are gone. Its own steps are repeated
+    until none changes anything.
+    """
+    try:
+        from otava.analysis import TTestSignificanceTester, compute_change_points, merge
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            "change points need Apache Otava, which is not installed",
+            fix="pip install --no-deps apache-otava==0.8.0  (its pins of numpy and scipy are stricter than its code)",
+        ) from error
+    limits = {"max_pvalue": MAX_P_VALUE, "min_magnitude": MIN_CHANGE}
+    points, _ = compute_change_points(values, **limits)
+    tester = TTestSignificanceTester(MAX_P_VALUE)
+    while True:
+        intervals = tester.get_intervals(points)
+        tested = [tester.change_point(point.to_candidate(), values, intervals) for point in points]
+        kept: list[Any] = merge(list(tested), values, **limits)
+        if len(kept) == len(points):
+            return kept
+        points = kept
 
 
 def _differences(old: Comparison, new: Comparison) -> tuple[str, ...]:
