@@ -168,7 +168,7 @@ MISUSE = {
         ["check", "p", "-o", "no/such/file.xml"],
         "cannot write no/such/file.xml: there is no such directory; fix: create it first",
     ),
-    "history command": (["history", "lst"], "no command 'lst'; did you mean list?; see: kpt history --help"),
+    "history command": (["history", "prnue"], "no command 'prnue'; did you mean prune?; see: kpt history --help"),
     "switched off": (
         ["history", "list", "--history", "none"],
         "no history is kept: it is switched off; fix: --history URL, or unset KPT_HISTORY",
@@ -252,6 +252,22 @@ def test_series_apart_are_undecided_where_they_drift_and_the_message_says_how_to
     assert done.code == 1
 
 
+def test_results_of_pytest_benchmark_are_judged_by_name(here, series):
+    for name, factor in (("old", 1.0), ("new", 1.5)):
+        stats = {"data": [0.01 * factor * (1 + 0.001 * (i % 5)) for i in range(60)], "median": 0.01 * factor}
+        benchmarks = [{"name": "test_step", "fullname": "t.py::test_step", "stats": stats}]
+        raw = {"machine_info": {}, "commit_info": {}, "benchmarks": benchmarks, "datetime": "2026-01-01T00:00:00+00:00"}
+        (series / f"{name}.json").write_text(json.dumps(raw))
+    done = here("compare", "--base-samples", "old.json", "--head-samples", "new.json")
+    assert done.code == 1, done
+    assert done.out.startswith("FAIL  t.py::test_step: 50.0 % slower")
+    refused(
+        here("compare", "--base-samples", "old.json", "--head-samples", "new.json", "--paired"),
+        "--paired is about plain series; these are results of a benchmark tool, each with its own name; "
+        "fix: leave it out",
+    )
+
+
 def test_every_form_goes_to_a_file_beside_text_and_to_stdout_alone(here, series):
     asked = ("compare", "--base-samples", "flat.json", "--head-samples", "slow.json", "--paired")
     for form, mark in (("markdown", "| ❌ FAIL |"), ("junit", "<testsuites>"), ("prometheus", "kpt_verdict{")):
@@ -278,6 +294,13 @@ def test_runs_are_recorded_listed_shown_exported_and_pruned(here, series):
     assert shown.out.startswith("FAIL  step: 10.0 % slower")
     assert shown.code == 0
     assert json.loads(here("history", "show", told["runs"][0]["id"], "--format", "json").out)["verdict"] == "PASS"
+    plotted = here("history", "plot", "--name", "step", "-o", "trends.html")
+    assert (plotted.code, plotted.out) == (0, "trends.html\n")
+    assert "step" in (series / "trends.html").read_text()
+    refused(
+        here("history", "plot", "-o", "no/trends.html"),
+        "cannot write no/trends.html: there is no such directory; fix: create it first",
+    )
     exported = here("history", "export", "--format", "csv", "-o", "runs.csv")
     assert exported.out == ""
     assert len((series / "runs.csv").read_text().splitlines()) == 3

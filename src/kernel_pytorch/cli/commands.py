@@ -315,7 +315,9 @@ def check(**options: Any) -> int:
 @click.option("--head", metavar="REV", help="Git revision of the new side; HEAD by default.")
 @click.option("--base-python", metavar="PYTHON", help="Interpreter (or environment) of the old side.")
 @click.option("--head-python", metavar="PYTHON", help="Interpreter of the new side; the one left out is this one.")
-@click.option("--base-samples", metavar="FILE", help="JSON array of milliseconds in time order, taken elsewhere.")
+@click.option(
+    "--base-samples", metavar="FILE", help="JSON array of ms in time order, or results of pytest-benchmark or asv."
+)
 @click.option("--head-samples", metavar="FILE", help="The new side's.")
 @click.option("--paired", is_flag=True, help="Sample i of both files was taken side by side.")
 @click.option(
@@ -407,6 +409,17 @@ def history_list(**options: Any) -> int:
 def history_show(**options: Any) -> int:
     """Show one run again: RUN is its id, or the beginning of it."""
     from kernel_pytorch.cli.history import show as run
+
+    return run(**options)
+
+
+@history.command(name="plot")
+@_history
+@_runs_of
+@click.option("-o", "--output", default="kpt-trends.html", show_default=True, metavar="FILE", help="The page.")
+def history_plot(**options: Any) -> int:
+    """Write an HTML page of trends: the times over the runs, and where they shifted."""
+    from kernel_pytorch.cli.history import plot as run
 
     return run(**options)
 

@@ -137,7 +137,28 @@ def _series(asked: _Asked, *, max_slowdown: float, name: str, command: str) -> l
     assert asked.base_samples is not None
     assert asked.head_samples is not None
     files = (Path(asked.base_samples), Path(asked.head_samples))
+    if any(map(_holds_results, files)):
+        from kernel_pytorch.guard.importers import compare_results
+
+        if asked.paired or name:
+            option = "--paired" if asked.paired else "--name"
+            raise KptError(
+                f"{option} is about plain series; these are results of a benchmark tool, each with its own name",
+                fix="leave it out",
+            )
+        return list(compare_results(*files, max_slowdown=max_slowdown, command=command))
     return [compare_series(*files, paired=asked.paired, max_slowdown=max_slowdown, name=name, command=command)]
+
+
+def _holds_results(path: Path) -> bool:
+    """Return whether a file is of pytest-benchmark or asv; one that cannot be read is refused as a series."""
+    from kernel_pytorch.guard.importers import is_results
+    from kernel_pytorch.guard.saved import ResultsError, load_json
+
+    try:
+        return is_results(load_json(path))
+    except ResultsError:
+        return False
 
 
 @contextmanager

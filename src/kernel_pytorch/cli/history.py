@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from kernel_pytorch.cli.output import emit
 from kernel_pytorch.cli.verdict import show as show_comparisons
-from kernel_pytorch.errors import KptError
+from kernel_pytorch.errors import KptError, OutputDirectoryError
 from kernel_pytorch.guard.history import History, changes, open_history
 from kernel_pytorch.plan.store import write_text
 
 if TYPE_CHECKING:
     from kernel_pytorch.guard.types import Comparison
 
-__all__ = ["export", "list_runs", "prune", "send", "show"]
+__all__ = ["export", "list_runs", "plot", "prune", "send", "show"]
 
 _SHORT_ID = 10
 
@@ -112,6 +112,24 @@ def _table(runs: Sequence[Comparison], console: Any) -> None:
         table.add_row(*map(Text, cells))
     if runs:
         console.print(table)
+
+
+def plot(*, history: str | None, name: str | None, since: str | None, output: str) -> int:
+    """Write the page of trends and print where it is."""
+    store = _opened(history)
+    path = Path(output).expanduser().absolute()
+    if not path.parent.is_dir():
+        raise OutputDirectoryError(f"cannot write {output}: there is no such directory", fix="create it first")
+    runs = store.runs(name, since)
+    points, why = _changes(runs)
+    from kernel_pytorch.report.trends import write_trends
+
+    try:
+        write_trends(runs, points, path, source=store.address.shown, notes=[f"no change points: {why}"] if why else [])
+    except OSError as error:
+        raise OutputDirectoryError(f"cannot write {output}: {error.strerror or error}") from error
+    sys.stdout.write(f"{output}\n")
+    return 0
 
 
 def show(*, history: str | None, run_id: str, form: str, output: str | None) -> int:
