@@ -164,7 +164,10 @@ def judge_series(base_ms: Sequence[float], head_ms: Sequence[float], *, max_slow
         return Judgement(Verdict.INCONCLUSIVE, change, max_slowdown, pairs, reason)
     change, drift = change_with_drift(base, head, 1.0 - 2.0 * ERROR)
     verdict = _verdict(change, max_slowdown)
-    where = f"the series were not taken side by side, and up to {100 * drift:.1f} % may be drift"
+    seen = (
+        f"up to {100 * drift:.1f} % may be drift" if math.isfinite(drift) else "one has a trend, so drift has no bound"
+    )
+    where = f"the series were not taken side by side, and {seen}"
     if verdict is Verdict.INCONCLUSIVE:
         reason = f"{where}: {_seen(change, max_slowdown)}. {_HOW}"
     else:
