@@ -528,6 +528,47 @@ def test_a_plan_that_computes_something_else_is_wrong(kpt, files):
     assert told["change"] is None
 
 
+def test_ctrl_c_between_two_commands_keeps_what_was_sampled_and_ends_them(files):
+    prints(files, "quick", 10.0)
+    (files / "waits.py").write_text("import time\nfrom pathlib import Path\n" + WAITS)
+    commands = ("--command", f"{sys.executable} -S quick.py", "--command", f"{sys.executable} -S waits.py")
+    with subprocess.Popen(
+        [sys.executable, "-m", "kernel_pytorch", "compare", *commands],
+        cwd=files, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not (files / "waiting").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, ""), err
+    assert err.strip().splitlines()[-1] == "kpt: error: interrupted"
+    assert family
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+    (run,) = exported(files)
+    assert (run["verdict"], run["reason"]) == ("INCONCLUSIVE", "interrupted")
+    assert len(run["head_samples_ms"]) == len(run["base_samples_ms"]) >= 4
+
+
+WAITS = """
+n = int(Path("calls").read_text()) + 1 if Path("calls").exists() else 0
+Path("calls").write_text(str(n))
+if n == 12:
+    Path("waiting").touch()
+    time.sleep(600)
+print(10.0 + 8 * (n % 2))
+"""
+
+
+def exported(files: Path) -> list[dict]:
+    done = subprocess.run(
+        [sys.executable, "-m", "kernel_pytorch", "history", "export"],
+        cwd=files, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(done.stdout)
+
+
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_was_sampled_and_leaves_no_process(files):
     make_plan(files, "plan", "none", *fresh())
@@ -549,10 +590,7 @@ def test_ctrl_c_keeps_what_was_sampled_and_leaves_no_process(files):
     assert err.strip().splitlines()[-1] == "kpt: error: interrupted"
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []
-    (run,) = json.loads(subprocess.run(
-        [sys.executable, "-m", "kernel_pytorch", "history", "export"],
-        cwd=files, capture_output=True, text=True, check=True,
-    ).stdout)  # fmt: skip
+    (run,) = exported(files)
     assert (run["verdict"], run["reason"]) == ("INCONCLUSIVE", "interrupted")
     assert len(run["head_samples_ms"]) == len(run["base_samples_ms"]) >= 4
 
