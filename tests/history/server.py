@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -59,6 +60,16 @@ class Server:
 
     def running(self) -> bool:
         return (self.directory / "data" / "postmaster.pid").exists()
+
+    def freeze(self) -> None:
+        """Stop the process that takes connections, as a machine that swaps itself to death does."""
+        os.kill(self._pid(), signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self._pid(), signal.SIGCONT)
+
+    def _pid(self) -> int:
+        return int((self.directory / "data" / "postmaster.pid").read_text().splitlines()[0])
 
     def restart(self) -> None:
         self.stop()

@@ -174,8 +174,11 @@ def test_a_created_that_is_no_time_costs_no_run(url):
     receipt = history.record(make_run(created="yesterday"))
     assert not receipt.stored
     assert "yesterday" in receipt.message
-    assert history.record(make_run(1)).stored
-    assert len(history.waiting()) == 1
+    receipt = history.record(make_run(1))
+    assert receipt.stored
+    (kept,) = history.waiting()
+    assert receipt.message.endswith(f"it stays in {kept}")
+    assert receipt.fix == f"rm {kept} gives it up"
     assert history.runs() == [make_run(1)]
 
 

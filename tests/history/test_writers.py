@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from kernel_pytorch.guard.history import History
+from tests.history.made import make_run
 from tests.history.writer import write
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -97,3 +98,37 @@ def test_writers_that_are_killed_leave_what_they_recorded(database, request, tmp
     for writer in range(3):
         numbers = sorted(int(i.split("-")[1]) for i in ids if i.startswith(f"{writer}-"))
         assert numbers == list(range(len(numbers))), "a run is missing between others"
+
+
+def test_a_server_that_hangs_holds_nobody_up_for_long(server, postgresql):
+    history = History(postgresql, wait_s=2)
+    history.record(make_run(0))
+    server.freeze()
+    begin = time.monotonic()
+    try:
+        receipt = history.record(make_run(1))
+    finally:
+        server.thaw()
+    assert time.monotonic() - begin < 30
+    assert (receipt.stored, receipt.waiting) == (False, 1)
+    assert "timeout" in receipt.message
+    assert [run.id for run in history.runs()] == ["run-000000", "run-000001"]
+
+
+def test_who_may_only_read_reads_and_records_later(server, postgresql):
+    owner = History(postgresql)
+    owner.record(make_run(0))
+    database = owner.address.shown.split("/")[3].split("?")[0]
+    server.sql("DROP ROLE IF EXISTS reader")
+    server.sql("CREATE ROLE reader LOGIN")
+    server.sql("GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader", database)
+    reader = History(postgresql.replace("kpt@", "reader@"))
+    assert reader.runs() == [make_run(0)]
+    receipt = reader.record(make_run(1))
+    assert (receipt.stored, receipt.waiting) == (False, 1)
+    assert "permission denied" in receipt.message
+    assert reader.names() == ["training step"]
+    server.sql("GRANT ALL ON ALL TABLES IN SCHEMA public TO reader", database)
+    assert reader.flush().sent == 1
+    assert owner.runs() == [make_run(0), make_run(1)]
+    server.sql("DROP OWNED BY reader", database)

@@ -44,7 +44,7 @@ class Database:
         self._wait_s = wait_s
         with self._explained():
             if address.path is not None:
-                address.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                address.path.parent.mkdir(parents=True, exist_ok=True)
             self._engine = self._create_engine()
             with self._engine.connect() as connection:
                 version = _read_version(connection)

@@ -231,12 +231,18 @@ class History:
                     break
                 try:
                     run = self._spool.read(path)
-                    if run is not None:
-                        self._open().add(run)
-                        self._spool.remove(path)
-                        sent += 1
                 except RunError as error:
                     problems.append(str(error))
+                    continue
+                if run is None:
+                    continue
+                try:
+                    self._open().add(run)
+                    self._spool.remove(path)
+                    sent += 1
+                except RunError as error:
+                    problems.append(f"{error}; it stays in {path}")
+                    fix = fix or f"rm {path} gives it up"
                 except HistoryError as error:
                     problems.append(str(error))
                     fix = error.fix
