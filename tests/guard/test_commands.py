@@ -54,11 +54,21 @@ def test_slower_command_fails_and_the_first_invocations_do_not_count(tmp_path: P
     assert found.base.software == {}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the lock of the device is flock's")
+def test_a_command_may_take_the_lock_of_the_device() -> None:
+    code = "from kernel_pytorch.backends import lock; held = lock.exclusive('cpu'); held.__enter__(); print(1)"
+    command = (sys.executable, "-c", code)
+    assert len(run(command, command, max_pairs=2, limits=Limits(hang=30.0)).head_samples_ms) == 2
+
+
 def test_invocations_take_turns(tmp_path: Path) -> None:
     log = tmp_path / "log"
     sides = [script(tmp_path, name, f"echo {name} >> {log}; echo 10") for name in ("base", "head")]
     run(*sides, max_pairs=4)
-    turns = log.read_text().split()[-8:]
+    turns = log.read_text().split()
+    assert turns[:2] == ["base", "head"]
+    assert len(turns) == 10
+    turns = turns[2:]
     for block in (turns[:4], turns[4:]):
         assert block in (["base", "head", "head", "base"], ["head", "base", "base", "head"])
 
@@ -76,7 +86,7 @@ def test_bad_output_from_the_start_is_an_error_and_later_inconclusive(tmp_path: 
     good = script(tmp_path, "good", "echo 10")
     with pytest.raises(CommandError, match=r"head: .*'Elapsed: 3 s'"):
         run(good, script(tmp_path, "bad", "echo 'Elapsed: 3 s'"))
-    found = run(good, script(tmp_path, "later", "if [ $n -gt 12 ]; then echo oops; else echo 10; fi"), max_pairs=400)
+    found = run(good, script(tmp_path, "later", "if [ $n -gt 6 ]; then echo oops; else echo 10; fi"), max_pairs=400)
     assert found.verdict is Verdict.INCONCLUSIVE
     assert "'oops'" in found.reason
     assert len(found.head_samples_ms) >= 2
@@ -85,7 +95,7 @@ def test_bad_output_from_the_start_is_an_error_and_later_inconclusive(tmp_path: 
 def test_failing_command_is_inconclusive_with_what_it_said(tmp_path: Path) -> None:
     good = script(tmp_path, "good", "echo 10")
     at_once = run(good, script(tmp_path, "once", "echo 10; echo 'no GPU' >&2; exit 7"))
-    later = run(good, script(tmp_path, "later", "if [ $n -gt 12 ]; then echo 'no GPU' >&2; exit 7; fi; echo 10"))
+    later = run(good, script(tmp_path, "later", "if [ $n -gt 6 ]; then echo 'no GPU' >&2; exit 7; fi; echo 10"))
     killed = run(good, script(tmp_path, "killed", "kill -9 $$"))
     for found in (at_once, later):
         assert found.verdict is Verdict.INCONCLUSIVE
@@ -98,7 +108,7 @@ def test_failing_command_is_inconclusive_with_what_it_said(tmp_path: Path) -> No
 
 def test_hanging_command_is_ended_with_its_children(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
-    body = f"if [ $n -gt 8 ]; then sleep 600 & echo $! > {pid_file}; echo waiting >&2; wait; fi; echo 10"
+    body = f"if [ $n -gt 4 ]; then sleep 600 & echo $! > {pid_file}; echo waiting >&2; wait; fi; echo 10"
     found = run(script(tmp_path, "good", "echo 10"), script(tmp_path, "hangs", body), limits=Limits(hang=1.0))
     assert found.verdict is Verdict.INCONCLUSIVE
     assert "did not end within" in found.reason

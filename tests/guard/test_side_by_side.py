@@ -111,6 +111,16 @@ def test_failing_side_is_inconclusive_and_keeps_what_was_sampled(factory: str, w
     assert no_workers_left()
 
 
+def test_failure_while_loading_is_inconclusive_without_samples() -> None:
+    for factory, loading, why in (("dies_at_once", 60.0, "SIGSEGV"), ("hangs_at_once", 6.0, "no answer within 6 s")):
+        found = run(factory, "quick", limits=Limits(loading=loading))
+        assert found.verdict is Verdict.INCONCLUSIVE
+        assert found.reason.startswith("base: ")
+        assert why in found.reason
+        assert "while loading" in found.reason or "while starting" in found.reason
+        assert (found.change, found.base_samples_ms) == (None, ())
+
+
 def test_model_that_prints_does_not_disturb_the_protocol() -> None:
     found = run("prints", "prints", max_pairs=4)
     assert len(found.head_samples_ms) == 4, found.reason

@@ -154,3 +154,14 @@ def remembers() -> Workload:
 
 def raises_at_once() -> Workload:
     raise OSError("no disk")
+
+
+def dies_at_once() -> Workload:
+    print("no more of this", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+    raise AssertionError
+
+
+def hangs_at_once() -> Workload:
+    time.sleep(600)
+    raise AssertionError

@@ -92,10 +92,6 @@ class CommandRunner:
             self._software = dict(look_at(self.side.python, self.side.environment).software)
         self._lines = len(self._invoke(limits.loading))
 
-    def warm_up(self, limit_s: float) -> float:
-        """Invoke it once and return the median of what it printed."""
-        return statistics.median(self._invoke(max(limit_s, self._limit)))
-
     def sample(self) -> Sequence[float]:
         """Invoke it once; return the median of what it printed, or all of it.
 

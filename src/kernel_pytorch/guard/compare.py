@@ -96,7 +96,7 @@ def compare_sides(
         with _sides(base, head) as runners:
             run = _load(runners, limits, say, same_model=same_model)
             if run.failure is None:
-                with _device(say):
+                with _device(say, base):
                     run = take_turns(*runners, done=decision.reached, limits=limits, max_pairs=max_pairs, seed=seed)
             found = _outcome(run, decision)
             fresh = confirm and found.verdict is Verdict.FAIL and base.command is None
@@ -109,7 +109,7 @@ def compare_sides(
             with _sides(base, head) as runners:
                 again = _load(runners, limits, say, same_model=same_model)
                 if again.failure is None:
-                    with _device(say):
+                    with _device(say, base):
                         again = take_turns(*runners, done=_never, limits=limits, max_pairs=pairs, seed=seed + 1)
                 found = _confirmed(found, again, max_slowdown)
                 run = _joined(run, again)
@@ -265,8 +265,12 @@ def _speaker(listen: Listener | None, began: float, budget_s: float) -> Callable
 
 
 @contextmanager
-def _device(say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the device's lock, and say so where another process holds it."""
+def _device(say: Callable[[str], None], side: Side) -> Iterator[None]:
+    """Hold the device's lock, and say so where another process holds it; a command may have to take it itself."""
+    if side.command is not None:
+        say("sampling in turns")
+        yield
+        return
     waiting = threading.Timer(_LOCK_PATIENCE_S, say, ("waiting: another measurement holds the device",))
     waiting.daemon = True
     waiting.start()

@@ -151,10 +151,6 @@ class Runner(Protocol):
         """Start, and run what runs only once."""
         ...
 
-    def warm_up(self, limit_s: float) -> float:
-        """Run once and return its milliseconds."""
-        ...
-
     def sample(self) -> Sequence[float]:
         """Take a sample, or several that belong together, in milliseconds."""
         ...
@@ -444,7 +440,8 @@ def take_turns(
 
     load = _ForeignLoad.now()
     try:
-        run.warm_up_calls = _warm_up(runners, began + _WARM_UP_SHARE * limits.sampling, limits)
+        workers = [runner for runner in runners if isinstance(runner, WorkerRunner)]
+        run.warm_up_calls = _warm_up(workers, began + _WARM_UP_SHARE * limits.sampling, limits)
         gc.collect()
         load = _ForeignLoad.now()
         collect(sample, min_pairs=2, max_pairs=max(2, max_pairs), confidence=0.95, late=late, seed=seed)
@@ -459,16 +456,20 @@ def take_turns(
     return run
 
 
-def _warm_up(runners: tuple[Runner, Runner], deadline: float, limits: Limits) -> int:
-    """Run both in turn until neither gets faster; choose how many calls make a sample, the same number for both."""
-    times: tuple[list[float], list[float]] = ([], [])
+def _warm_up(workers: Sequence[WorkerRunner], deadline: float, limits: Limits) -> int:
+    """Run workers in turn until none gets faster; choose how many calls make a sample, the same number for all.
+
+    A command's process is new in every turn: it has nothing to warm up that its next invocation would find.
+    """
+    times: list[list[float]] = [[] for _ in workers]
+    if not workers:
+        return 0
     while len(times[0]) < _MAX_WARM_UP:
-        for runner, seen in zip(runners, times, strict=True):
-            seen.append(runner.warm_up(limits.hang))
+        for worker, seen in zip(workers, times, strict=True):
+            seen.append(worker.warm_up(limits.hang))
         if all(map(_settled, times)) or (len(times[0]) >= 2 and time.monotonic() > deadline):
             break
-    workers = [runner for runner in runners if isinstance(runner, WorkerRunner)]
-    for case in workers[0].call_ms if len(workers) == 2 else ():
+    for case in workers[0].call_ms:
         shortest = min(worker.call_ms[case] for worker in workers)
         calls = min(_MAX_CALLS, math.ceil(_SAMPLE_MS / shortest)) if shortest > 0.0 else _MAX_CALLS
         for worker in workers:

@@ -205,11 +205,13 @@ def _let_go_of_the_lock() -> None:
 def _strays(root: str) -> list[str]:
     """Return modules that came from a checkout that this side must not run; installed packages are none."""
     found = []
+    checkout, installed = os.path.realpath(root) + os.sep, os.path.realpath(sys.prefix) + os.sep
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if name in ("__main__", "__mp_main__") or not isinstance(file, str) or "site-packages" in file:
             continue
-        if os.path.realpath(file).startswith(os.path.realpath(root) + os.sep):
+        real = os.path.realpath(file)
+        if real.startswith(checkout) and not (installed.startswith(checkout) and real.startswith(installed)):
             found.append(f"{name} ({file})")
     return found
 
