@@ -15,7 +15,15 @@ from rich.console import Console
 from kernel_pytorch.core.types import Ratio, Verdict
 from kernel_pytorch.guard.types import Culprit, SideFacts
 from kernel_pytorch.report.compared import change, fails, headline, one_line, summary
-from kernel_pytorch.report.comparison import as_json, as_junit, as_markdown, as_prometheus, as_text, render_comparison
+from kernel_pytorch.report.comparison import (
+    as_json,
+    as_junit,
+    as_markdown,
+    as_prometheus,
+    as_quotation,
+    as_text,
+    render_comparison,
+)
 
 from .compared import HOSTILE, comparison, passing
 
@@ -178,6 +186,13 @@ def test_code_spans_are_closed_by_nothing_inside() -> None:
     text = as_markdown([passing(name="a ``` b `"), passing(name="`"), passing(name="")])
     rows = [cells(line)[1] for line in text.splitlines() if line.startswith("| ✅")]
     assert rows == ["```` a ``` b ` ````", "`` ` ``", "-"]
+
+
+def test_quotations_are_closed_by_nothing_inside() -> None:
+    shown = Rendered(as_quotation(f"first\n````\n</code></pre>\n{HOSTILE}\n"))
+    assert shown.tags == ["pre", "code"]
+    assert shown.text == "\n"
+    assert as_quotation("x" * 9000).count("x") <= 4000
 
 
 def test_a_comment_fits_into_a_comment() -> None:

@@ -31,7 +31,16 @@ from kernel_pytorch.report.compared import (
     summary,
 )
 
-__all__ = ["SCHEMA_VERSION", "as_json", "as_junit", "as_markdown", "as_prometheus", "as_text", "render_comparison"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "as_json",
+    "as_junit",
+    "as_markdown",
+    "as_prometheus",
+    "as_quotation",
+    "as_text",
+    "render_comparison",
+]
 
 SCHEMA_VERSION = 1
 """Of the JSON object: it grows when a field changes its meaning or goes, not when one is added."""
@@ -148,6 +157,13 @@ def as_markdown(compared: Sequence[Compared], *, title: str = "Performance") -> 
     if left:
         text += f"\n\nDetails of {left} more are in the artefacts."
     return text + "\n\n<sub>Time of head over time of base with its interval; above 0 % is slower.</sub>\n"
+
+
+def as_quotation(text: str, *, most: int = 4000) -> str:
+    """Return the end of what a program said as a block of Markdown that nothing in it can end."""
+    lines = [one_line(line) for line in text.strip()[-most:].splitlines()]
+    fence = "`" * max(3, 1 + max((len(run) for line in lines for run in re.findall("`+", line)), default=0))
+    return "\n".join([f"{fence}text", *lines, fence]) + "\n"
 
 
 def as_junit(compared: Sequence[Compared], *, inconclusive: str = "pass") -> str:
