@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from kernel_pytorch.attention import (
     AttentionError,
     AttentionShape,
+    api,
     attention,
     attention_varlen,
     choose,
     implementations,
+    sdpa,
     unsupported,
 )
 from kernel_pytorch.attention.probe import make_case
@@ -228,3 +230,45 @@ def test_compiling_measures_nothing():
     choose(AttentionShape(2, 4, 4, 30, 30, 8, torch.float32), "cpu", backward=False)
     torch._dynamo.reset()
     torch.testing.assert_close(compiled(q), F.scaled_dot_product_attention(q, q, q))
+
+
+def test_what_was_asked_is_looked_up_and_what_differs_is_not():
+    q, k = draw(2, 4, 30, 8), draw(2, 2, 30, 8, seed=1)
+    for _ in range(2):
+        attention(q, k, k, enable_gqa=True)
+    assert len(api._ready) == 1
+    with pytest.raises(AttentionError, match="4 query heads and 2 key heads"):
+        attention(q, k, k)
+    attention(q, k, k, enable_gqa=True, is_causal=True, scale=0.3)
+    attention(q, k, k, enable_gqa=True, is_causal=True, scale=0.2)
+    assert len(api._ready) == 2
+    attention(q.requires_grad_(), k, k, enable_gqa=True)
+    assert len(api._ready) == 3
+    with torch.no_grad():
+        attention(q, k, k, enable_gqa=True)
+    with pytest.raises(AttentionError, match="one floating dtype"):
+        attention(q, k.double(), k, enable_gqa=True)
+    attention(q, k, k, enable_gqa=True, window=[3, 0])
+    attention(q, k, k, enable_gqa=True, window=(3, 0))
+    assert len(api._ready) == 4
+
+
+def test_what_is_kept_is_bounded(monkeypatch):
+    monkeypatch.setattr(api, "_MOST_READY", 5)
+    for tokens in range(1, 20):
+        q = draw(1, 1, tokens, 8)
+        torch.testing.assert_close(attention(q, q, q, impl="math"), F.scaled_dot_product_attention(q, q, q))
+        assert len(api._ready) <= 5
+        assert len(api._answers) <= 5
+
+
+def test_rows_are_copied_only_where_a_kernel_cannot_load_them():
+    even = draw(2, 4, 30, 16).bfloat16()
+    for tensor in (even, even.transpose(1, 2), even.float()[..., :15], even[:, :, 1:], even[:, :, :, :8]):
+        assert sdpa._readable(tensor) is tensor
+    flat = draw(2 * 4 * 30 * 16 + 8).bfloat16()
+    odd = (even[..., :15].contiguous(), flat[1:-7].view(2, 4, 30, 16), even.transpose(2, 3))
+    for tensor in odd:
+        copy = sdpa._readable(tensor)
+        assert copy is not tensor
+        assert torch.equal(copy, tensor)

@@ -73,7 +73,7 @@ def test_strided_inputs(backward):
     wide = [torch.cat((t, t[..., :1]), -1)[..., :-1] for t in case.inputs()]
     want = attend(*(t.double() for t in wide), right=0)
     for name in QUICK:
-        if name in ("fa3_fp8", "sdpa") or unsupported(name, named.shape, device(), backward=backward) is not None:
+        if name == "fa3_fp8" or unsupported(name, named.shape, device(), backward=backward) is not None:
             continue
         inputs = [t.detach().requires_grad_(backward) for t in wide]
         out = attention(*inputs, is_causal=True, enable_gqa=True, impl=name)
@@ -109,12 +109,25 @@ def test_the_choice_is_right_and_kept():
     shape = AttentionShape(2, 16, 16, 2048, 2048, 128, is_causal=True)
     first = choose(shape, "cuda", backward=True)
     assert first.measured
-    assert first.device_ms[first.compiled] == min(first.device_ms.values())
+    assert first.device_ms[first.compiled] <= 1.03 * min(first.device_ms.values())
     api.forget()
     assert not choose(shape, "cuda", backward=True).measured
     case = make_case(shape, device(), backward=True)
     errors = relative_errors(case, lambda c: attention(*c.inputs(), is_causal=True), backward=True, exact=True)
     assert max(errors.values()) < 1e-2, errors
+
+
+def test_rows_that_no_kernel_can_load_are_right_by_choice():
+    """SDPA itself is wrong at them (torch 2.11, cuDNN), and SDPA may be the choice."""
+    (named,) = (n for n in AWKWARD if n.strided)
+    case = make_case(named.shape, device(), backward=False)
+    wide = [torch.cat((t, t[..., :1]), -1)[..., :-1] for t in case.inputs()]
+    want = attend(*(t.double() for t in wide), right=0)
+    for impl in (None, "sdpa"):
+        got = attention(*wide, is_causal=True, enable_gqa=True, impl=impl)
+        assert float((got.double() - want).norm() / want.norm()) < 1e-2, impl
+    compiled = torch.compile(lambda *t: attention(*t, is_causal=True, enable_gqa=True, impl="sdpa"), fullgraph=True)
+    assert float((compiled(*wide).double() - want).norm() / want.norm()) < 1e-2
 
 
 def test_documents_by_choice():

@@ -10,6 +10,8 @@ by the class of shapes, so that it is traced anew only where another choice may 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,15 @@ from kernel_pytorch.attention import choice
 from kernel_pytorch.attention.choice import choose, known_choice
 from kernel_pytorch.attention.probe import does_not_fit, indexed, unsupported
 from kernel_pytorch.attention.registry import implementation, implementations
-from kernel_pytorch.attention.types import Alignment, AttentionError, AttentionShape, Choice, Window, visible_band
+from kernel_pytorch.attention.types import (
+    Alignment,
+    AttentionError,
+    AttentionShape,
+    Call,
+    Choice,
+    Window,
+    visible_band,
+)
 
 __all__ = ["attention", "attention_varlen", "choose", "implementations", "unsupported"]
 
@@ -63,30 +73,46 @@ def attention(
         AttentionError: The arguments do not fit each other, or the named implementation cannot compute them, with the
             reason; inside `torch.compile` also where no choice was made yet.
     """
-    query, key, value = _autocast(query, key, value)
-    _check(query, key, value, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, dropout_p=dropout_p)
-    _check_band(alignment, window, softcap)
-    q_len = query.shape[2]
-    if attn_mask is None:
-        left, right, kv_len, alignment = visible_band(
-            q_len, key.shape[2], is_causal=is_causal, window=window, alignment=alignment
+    if torch.compiler.is_compiling():
+        query, key, value = _autocast(query, key, value)
+        ready = _prepare(
+            query, key, value, attn_mask, (dropout_p, softcap), (is_causal, enable_gqa), (alignment, window), impl
         )
-        if kv_len != key.shape[2]:
-            key, value = key[:, :, :kv_len], value[:, :, :kv_len]
     else:
-        left, right = window if window is not None else (None, None)
-    name = _name(
-        impl,
-        query,
-        key,
-        value,
-        (query.shape[0], q_len, key.shape[2]),
-        (left, right, alignment),
-        (softcap, dropout_p),
-        mask=attn_mask is not None,
-        packed=False,
-    )
-    return implementation(name).call(
+        if torch._C._is_any_autocast_enabled():  # noqa: SLF001 - asking for the device's type takes ten times as long
+            query, key, value = _autocast(query, key, value)
+        # What was asked before is neither checked nor reduced again: the host's time is all that a short call takes.
+        asked = (
+            query.shape,
+            key.shape,
+            value.shape,
+            query.dtype,
+            key.dtype,
+            value.dtype,
+            query.device,
+            key.get_device(),
+            value.get_device(),
+            torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+            attn_mask is None,
+            dropout_p,
+            is_causal,
+            enable_gqa,
+            alignment,
+            window if window is None else tuple(window),
+            softcap,
+            impl,
+        )
+        found = _ready.get(asked)
+        if found is None:
+            found = _prepare(
+                query, key, value, attn_mask, (dropout_p, softcap), (is_causal, enable_gqa), (alignment, window), impl
+            )
+            _bounded(_ready)[asked] = found
+        ready = found
+    call, left, right, kv_len, alignment = ready
+    if kv_len is not None:
+        key, value = key[:, :, :kv_len], value[:, :, :kv_len]
+    return call(
         query,
         key,
         value,
@@ -98,6 +124,58 @@ def attention(
         alignment=alignment,
         softcap=softcap,
     )
+
+
+_Ready = tuple[Call, int | None, int | None, int | None, Alignment]
+"""Who computes it, the band, how many keys matter where not all do, and the alignment."""
+
+_ready: dict[tuple[Any, ...], _Ready] = {}
+_MOST_READY = 4096
+
+
+def _bounded(table: dict[Any, Any]) -> dict[Any, Any]:
+    """Return a table, emptied where it is full: lengths that change at every call must not fill the memory."""
+    if len(table) >= _MOST_READY:
+        table.clear()
+    return table
+
+
+def _prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    floats: tuple[float, float],
+    flags: tuple[bool, bool],
+    band: tuple[Alignment, Window | None],
+    impl: str | None,
+) -> _Ready:
+    """Check the arguments, reduce the band and choose."""
+    (dropout_p, softcap), (is_causal, enable_gqa), (alignment, window) = floats, flags, band
+    _check(query, key, value, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, dropout_p=dropout_p)
+    _check_band(alignment, window, softcap)
+    q_len, kv_len = query.shape[2], key.shape[2]
+    fewer: int | None = None
+    if attn_mask is None:
+        left, right, seen, alignment = visible_band(
+            q_len, kv_len, is_causal=is_causal, window=window, alignment=alignment
+        )
+        if seen != kv_len:
+            fewer = kv_len = seen
+    else:
+        left, right = window if window is not None else (None, None)
+    name = _name(
+        impl,
+        query,
+        key,
+        value,
+        (query.shape[0], q_len, kv_len),
+        (left, right, alignment),
+        (softcap, dropout_p),
+        mask=attn_mask is not None,
+        packed=False,
+    )
+    return implementation(name).call, left, right, fewer, alignment
 
 
 def attention_varlen(
@@ -249,6 +327,7 @@ _answers: dict[_Question, str] = {}
 
 def forget() -> None:
     """Forget the answers and choices that this process keeps; files stay."""
+    _ready.clear()
     _answers.clear()
     _checked.clear()
     choice.forget()
@@ -262,7 +341,7 @@ def _look_up(question: _Question) -> str:
 def _ask(question: _Question) -> str:
     answer = _answers.get(question)
     if answer is None:
-        answer = _answers[question] = _answer(question, tracing=False)
+        answer = _bounded(_answers)[question] = _answer(question, tracing=False)
     return answer
 
 

@@ -25,9 +25,10 @@ import torch
 import torch.nn.attention
 
 from kernel_pytorch.attention import probe
+from kernel_pytorch.attention.contest import decide
 from kernel_pytorch.attention.probe import Case, indexed, make_case, unsupported
 from kernel_pytorch.attention.registry import implementations
-from kernel_pytorch.attention.timing import time_in_turns
+from kernel_pytorch.attention.timing import Stopwatch
 from kernel_pytorch.attention.types import BROKEN, AttentionError, AttentionShape, Choice, Implementation
 from kernel_pytorch.backends import manager_for
 from kernel_pytorch.core.types import Skip
@@ -37,7 +38,7 @@ __all__ = ["cache_directory", "choose", "forget", "known_choice", "software"]
 
 _log = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _SCORES = 1 << 26
 """Scores (256 MiB in float32) above which the definition, which stores them all, is not worth a try."""
 
@@ -71,8 +72,8 @@ def software(device: torch.device) -> dict[str, str]:
 def choose(shape: AttentionShape, device: torch.device | str, *, backward: bool) -> Choice:
     """Return the fastest implementation for a shape, measuring where no earlier measurement is known.
 
-    Each implementation that applies (`unsupported`) is timed at this very shape, in turns, from a cold cache; one of
-    lower precision never takes part. FlexAttention, which compiles for each shape, takes part only where no other
+    Each implementation that applies (`unsupported`) is timed at this very shape (`contest.decide`); one of lower
+    precision never takes part. FlexAttention, which compiles for each shape, takes part only where no other
     fused kernel applies.
 
     Args:
@@ -136,11 +137,10 @@ def _measure(shape: AttentionShape, device: torch.device, *, backward: bool) -> 
         torch.autocast(device.type, enabled=False),
     ):
         case = make_case(shape, device, backward=backward)
-        samples = time_in_turns({n: _job(case, one, backward=backward) for n, one in candidates.items()}, device)
-    device_ms = {n: one.device_ms for n, one in samples.items()}
-    host_ms = {n: one.host_ms for n, one in samples.items() if one.host}
-    eager = min(device_ms, key=lambda n: max(device_ms[n], host_ms.get(n, 0.0)))
-    return Choice(eager, min(device_ms, key=device_ms.__getitem__), device_ms, host_ms, skipped, name, measured=True)
+        jobs = {n: _job(case, one, backward=backward) for n, one in candidates.items()}
+        found = decide(Stopwatch(jobs, device))
+    times = (found.device_ms, found.host_ms, skipped, name)
+    return Choice(found.eager, found.compiled, *times, measured=True, eager_ms=found.eager_ms)
 
 
 def _candidates(
@@ -206,6 +206,7 @@ def _from_json(name: str, entry: Mapping[str, Any]) -> Choice:
         {n: float(ms) for n, ms in entry["host_ms"].items()},
         {n: Skip(reason, fix) for n, (reason, fix) in entry["skipped"].items()},
         name.rpartition(" ")[0],
+        eager_ms={n: float(ms) for n, ms in entry["eager_ms"].items()},
     )
 
 

@@ -15,7 +15,7 @@ from kernel_pytorch.core.types import Skip
 
 __all__ = ["IMPLEMENTATION", "fits"]
 
-
+_HALF = (torch.float16, torch.bfloat16)
 _MASK_BYTES = 1 << 28
 """Of a mask that is written out for a call; more is worth another implementation."""
 
@@ -44,6 +44,19 @@ def _is_sdpas(left: int | None, right: int | None, alignment: Alignment) -> bool
     return left is None and (right is None or (right == 0 and alignment == "upper_left"))
 
 
+def _readable(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied where rows of half precision do not begin at multiples of eight elements.
+
+    SDPA (torch 2.11) hands those to cuDNN, which loads rows in vectors of 16 bytes: measured on an H200, the result had
+    nothing to do with the inputs (relative error 1.16).
+    """
+    if tensor.dtype not in _HALF:
+        return tensor
+    batch, head, row, column = tensor.stride()
+    even = batch % 8 == 0 and head % 8 == 0 and row % 8 == 0 and tensor.storage_offset() % 8 == 0
+    return tensor if even and column == 1 else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _call(
     query: Tensor,
     key: Tensor,
@@ -62,6 +75,8 @@ def _call(
         sizes = (query.shape[2], key.shape[2])
         attn_mask = visible(*sizes, left=left, right=right, alignment=alignment, device=query.device)
         right = None
+    if query.is_cuda:
+        query, key, value = _readable(query), _readable(key), _readable(value)
     return scaled_dot_product_attention(
         query,
         key,

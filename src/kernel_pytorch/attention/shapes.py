@@ -31,11 +31,14 @@ def _square(batch: int, heads: int, kv_heads: int, tokens: int, size: int, *, ca
 
 
 def _grid() -> tuple[NamedShape, ...]:
-    """Lengths from 512 to 32k, 8192 tokens in all where they are that short, 2048 channels or (32k) half as many."""
+    """Lengths from 512 to 32k, 8192 tokens in all where they are that short, 2048 channels or (32k) half as many.
+
+    Heads of 128, which most models have, at twice as many lengths.
+    """
     shapes = []
-    for tokens in (512, 2048, 8192, 32768):
+    for tokens in (512, 2048, 4096, 8192, 16384, 32768):
         batch = max(1, 8192 // tokens)
-        for size in (64, 128, 256):
+        for size in (128,) if tokens in (4096, 16384) else (64, 128, 256):
             heads = (2048 if tokens < 32768 else 1024) // size
             for kv_heads in (heads, heads // 4):
                 for causal in (True, False):

@@ -190,13 +190,14 @@ class Choice:
     """Which implementation is fastest, and what was measured.
 
     Attributes:
-        impl: The fastest when called from Python: the longer of the device's time and the host's to queue it counts.
+        impl: The fastest when called from Python, by the time of calls back to back.
         compiled: The fastest inside `torch.compile`, where only the device's time counts.
         device_ms: Median time on the device by implementation, milliseconds, forward alone or with backward.
         host_ms: Median time until the work was queued; empty on a CPU.
         skipped: Why the others did not take part.
         shape_class: What was asked.
         measured: Whether it was measured by this call, not read from the cache.
+        eager_ms: Median time of a call among calls back to back; empty where the host cannot show.
     """
 
     impl: str
@@ -206,6 +207,7 @@ class Choice:
     skipped: Mapping[str, Skip] = field(default_factory=dict)
     shape_class: str = ""
     measured: bool = False
+    eager_ms: Mapping[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return what the cache stores."""
@@ -214,5 +216,6 @@ class Choice:
             "compiled": self.compiled,
             "device_ms": dict(self.device_ms),
             "host_ms": dict(self.host_ms),
+            "eager_ms": dict(self.eager_ms),
             "skipped": {name: [skip.reason, skip.fix] for name, skip in self.skipped.items()},
         }
