@@ -413,6 +413,11 @@ def test_changes_that_no_commit_holds(repository: Repository) -> None:
     assert found[0].what == "changes that no commit holds on head: model.py"
 
 
+def test_the_same_checkout_with_changes_on_both_sides_is_no_difference(repository: Repository) -> None:
+    facts = {"revision": repository.git("rev-parse", "HEAD"), "dirty": True}
+    assert [c.kind for c in find_culprits(compared(facts, facts), repo=repository.path)] == ["unknown"]
+
+
 def test_commits_that_head_lacks(repository: Repository) -> None:
     repository.git("switch", "-q", "-c", "old")
     old = repository.commit("on old", a_py="1")
@@ -570,11 +575,13 @@ def test_the_real_reason_is_first(slowed_by: str, training: bool, expected: str)
 def test_profiles_of_a_cpu_are_in_milliseconds_of_the_call_without_profiler() -> None:
     base = {"aten::addmm": 4.0, "aten::gelu": 1.0, OUTSIDE: 1.0}
     head = {**base, "aten::gelu": 2.0}
-    moves = compare_profiles(base, head, base_ms=3.0)
+    moves = compare_profiles(base, head, base_ms=3.0, head_ms=3.5)
     assert moves.slower[0].delta_ms == pytest.approx(0.5)
-    assert moves.base_ms == pytest.approx(3.0)
+    assert (moves.base_ms, moves.head_ms) == (pytest.approx(3.0), pytest.approx(3.5))
+    busy = compare_profiles(base, head, base_ms=9.0, head_ms=7.0)
+    assert busy.head_ms == pytest.approx(7.0), "no more than was seen"
     assert compare_profiles(base, head).slower[0].delta_ms == pytest.approx(1.0)
 
 
 def test_a_gpu_s_kernels_are_not_scaled() -> None:
-    assert compare_profiles(GPU, GPU, base_ms=20.0).base_ms == pytest.approx(sum(GPU.values()))
+    assert compare_profiles(GPU, GPU, base_ms=20.0, head_ms=30.0).base_ms == pytest.approx(sum(GPU.values()))

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from kernel_pytorch.core.types import Event, Listener, Verdict
 from kernel_pytorch.errors import KptError
-from kernel_pytorch.guard.commits import Commit, git, list_commits, read_commit, resolve
+from kernel_pytorch.guard.commits import Commit, git, list_commits, read_commit
+from kernel_pytorch.guard.revisions import commit_of, top_level
 from kernel_pytorch.guard.types import Culprit
 
 __all__ = ["Bisection", "Judged", "bisect"]
@@ -95,8 +96,8 @@ def bisect(
     Raises:
         KptError: A revision is unknown, both are the same commit, or bad is an ancestor of good.
     """
-    repo = repo.resolve()
-    old, new = resolve(repo, good), resolve(repo, bad)
+    repo = top_level(repo)
+    old, new = commit_of(good, repo), commit_of(bad, repo)
     if old == new:
         raise KptError(f"good ({good}) and bad ({bad}) are the same commit {old[:10]}", fix="give two revisions")
     bases = _merge_bases(repo, old, new)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from kernel_pytorch.errors import KptError
+from kernel_pytorch.guard.revisions import commit_of
 
-__all__ = ["Commit", "commits_between", "git", "list_commits", "read_commit", "relevance", "resolve"]
+__all__ = ["Commit", "commits_between", "git", "list_commits", "read_commit", "relevance"]
 
 _MOST_READ = 200
 _MOST_BYTES = 400_000
@@ -97,35 +98,15 @@ def git(repo: Path, *arguments: str, most_bytes: int | None = None) -> str:
     return done.stdout[:most_bytes].decode(errors="replace")
 
 
-def resolve(repo: Path, revision: str) -> str:
-    """Return the full hash of the commit that a revision names.
-
-    Raises:
-        KptError: There is no such commit, or it is an option, not a revision.
-    """
-    if revision.startswith("-") or not revision.strip():
-        raise KptError(f"{revision!r} is not a revision")
-    try:
-        return git(repo, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").strip()
-    except KptError as error:
-        try:
-            shallow = git(repo, "rev-parse", "--is-shallow-repository").strip() == "true"
-        except KptError as outside:
-            raise KptError(f"{repo} is in no git repository", fix=outside.fix) from outside
-        raise KptError(
-            f"revision {revision!r} is not in the repository {repo}"
-            + (", which is a shallow clone" if shallow else ""),
-            fix="git fetch --unshallow" if shallow else "git fetch, or check the name with git log",
-        ) from error
-
-
 def read_commit(repo: Path, revision: str) -> Commit:
     """Return one commit with the files that it changes; of a merge, those it changes in its first parent.
 
     Raises:
         KptError: There is no such commit.
     """
-    told = git(repo, "log", "-1", "--first-parent", "-m", "--name-only", f"--format={_FORMAT}", resolve(repo, revision))
+    told = git(
+        repo, "log", "-1", "--first-parent", "-m", "--name-only", f"--format={_FORMAT}", commit_of(revision, repo)
+    )
     return _commit(told.splitlines())
 
 
@@ -135,7 +116,7 @@ def commits_between(repo: Path, base: str, head: str, *, most: int = _MOST_READ)
     Raises:
         KptError: A revision is unknown.
     """
-    span = f"{resolve(repo, base)}..{resolve(repo, head)}"
+    span = f"{commit_of(base, repo)}..{commit_of(head, repo)}"
     told = git(repo, "log", "--no-merges", f"-{most}", "--name-only", f"--format=%x1e{_FORMAT}", span)
     return tuple(_commit(part.splitlines()) for part in told.split("\x1e") if part.strip())
 

@@ -51,7 +51,8 @@ def find_culprits(comparison: Comparison, *, repo: Path | None = None) -> tuple[
     profiled = bool(timed and base.kernels_ms and head.kernels_ms)
     if profiled:
         old_ms = statistics.median(comparison.base_samples_ms) if slowdown_ms is not None else 0.0
-        moves = compare_profiles(base.kernels_ms, head.kernels_ms, base_ms=old_ms)
+        new_ms = old_ms + (slowdown_ms or 0.0)
+        moves = compare_profiles(base.kernels_ms, head.kernels_ms, base_ms=old_ms, head_ms=new_ms)
         suspects += _kernels(moves, slowdown_ms, old_ms, shares)
         moved = tuple(name for move in moves.slower[:_MOST_KERNELS] for name in move.names)
     fraction = comparison.change.value - 1.0 if timed and comparison.change is not None else 0.0
@@ -119,7 +120,7 @@ def _ms(value: float) -> str:
 def _revisions(
     base: SideFacts, head: SideFacts, shares: Mapping[str, float], moved: Sequence[str], repo: Path
 ) -> Iterator[Suspect]:
-    if head.dirty or base.dirty:
+    if head.dirty != base.dirty or (head.dirty and head.revision != base.revision):
         sides = " and ".join(side.label for side in (base, head) if side.dirty)
         files = _uncommitted(repo, head.revision) if head.dirty else ()
         what = f"changes that no commit holds on {sides}" + (f": {_listed(files)}" if files else "")

@@ -84,6 +84,7 @@ def compare_profiles(
     head: Mapping[str, float],
     *,
     base_ms: float = 0.0,
+    head_ms: float = 0.0,
 ) -> Moves:
     """Return what moved between two profiles of one call.
 
@@ -95,11 +96,13 @@ def compare_profiles(
         base: Profile of the old side, from `profile.kernels_ms`.
         head: Of the new side.
         base_ms: Time of a call of the old side without a profiler; 0.0 where it is not known. A CPU's profiles, which
-            hold the whole call, are scaled to it, both by one factor.
+            hold the whole call, are scaled to both times, by one factor.
+        head_ms: Of the new side.
     """
     old, new = condensed(base), condensed(head)
-    if OUTSIDE in old and OUTSIDE in new and base_ms > 0.0:
-        scale = base_ms / sum(old.values())
+    if OUTSIDE in old and OUTSIDE in new and min(base_ms, head_ms) > 0.0:
+        # The smaller one: of a machine that was busy while it was timed, more than the model is in those times.
+        scale = min(base_ms / sum(old.values()), head_ms / sum(new.values()))
         old, new = ({name: ms * scale for name, ms in profile.items()} for profile in (old, new))
     whole = max(sum(old.values()), 1e-9)
     both = [name for name in old if name in new]
