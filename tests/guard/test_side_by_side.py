@@ -13,11 +13,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kernel_pytorch.core.types import Event, Verdict
+from kernel_pytorch.core.describe import fingerprint
+from kernel_pytorch.core.types import Event, Mode, Step, Verdict
 from kernel_pytorch.errors import KptError
 from kernel_pytorch.guard.compare import compare_sides
 from kernel_pytorch.guard.side_by_side import Limits, NotComparableError, Side, SideError
 from kernel_pytorch.guard.types import Comparison
+from kernel_pytorch.hardware import detect
+from kernel_pytorch.plan.schema import dumps
+from tests.guard.workloads import quick
+from tests.unit import plans
 
 pytestmark = pytest.mark.serial
 HERE = Path(__file__).parent
@@ -163,10 +168,30 @@ def test_what_the_target_refuses_is_told_with_its_kind_and_trace() -> None:
     assert "workloads.py" in caught.value.user_traceback
 
 
-def test_plan_that_cannot_be_read_is_told() -> None:
-    with pytest.raises(SideError, match="no plan") as caught:
-        compare_sides(side("unmodified", "quick"), side("plan", "quick", plan="/nowhere"))
-    assert caught.value.kind == "PlanError"
+@pytest.mark.parametrize(
+    ("mode", "step"),
+    [
+        ("inference", Step("threads", {"count": 1})),
+        ("training", Step("fused_optimizer", {"implementation": "foreach"})),
+    ],
+)
+def test_side_runs_its_plan(mode: str, step: Step, tmp_path: Path) -> None:
+    spec = plans.workload(mode=Mode(mode), fingerprint=fingerprint(quick().model()))
+    path = tmp_path / "plan.json"
+    path.write_text(dumps(plans.plan(step, workload=spec, device=detect("cpu"))))
+    sides = side("unmodified", "quick", mode=mode), side("plan", "quick", mode=mode, plan=str(path))
+    found = compare_sides(*sides, max_seconds=5.0, max_pairs=2)
+    assert (found.base.label, found.head.label) == ("unmodified", "plan")
+    assert len(found.head_samples_ms) == 2, found.reason
+
+
+def test_plan_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(dumps(plans.plan(device=detect("cpu"))))
+    for where, why in (("/nowhere", "no plan"), (str(tmp_path), "for another model")):
+        with pytest.raises(SideError, match=why) as caught:
+            compare_sides(side("unmodified", "quick"), side("plan", "quick", plan=where))
+        assert caught.value.kind == "PlanError"
+        assert caught.value.label == "plan"
 
 
 def test_arguments_that_make_no_sense() -> None:
