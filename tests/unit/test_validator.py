@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kernel_pytorch.core.config import KernelPyTorchConfig
-from kernel_pytorch.core.types import Gate
+from kernel_pytorch.core.types import Gate, Verdict
 from kernel_pytorch.core.workload import Call
 from kernel_pytorch.errors import ModelError
 from kernel_pytorch.validation.lift import lift_tree, lifted, lifted_model
@@ -98,23 +98,34 @@ def test_an_unknown_level_is_refused(pair):
         UnifiedValidator().validate(*pair, torch.randn(6, 8), level="lax")
 
 
+class Slow(Net):
+    def forward(self, x):
+        for _ in range(8):
+            out = super().forward(x)
+        return out
+
+
 def test_a_module_that_is_much_slower_fails_and_itself_does_not(pair):
     candidate, reference = pair
     validator = UnifiedValidator(KernelPyTorchConfig(budget_s=25.0))
     inputs = torch.randn(64, 8)
-
-    class Slow(Net):
-        def forward(self, x):
-            for _ in range(8):
-                out = super().forward(x)
-            return out
-
-    slow = Slow().eval()
-    with torch.no_grad():
-        assert validator.check_performance(slow, reference, inputs).verdict == "FAIL"
-        same = validator.check_performance(candidate, reference, inputs, max_slowdown=0.5)
+    slower = validator.check_performance(Slow().eval(), reference, inputs)
+    assert slower.verdict is Verdict.FAIL
+    assert slower.verdict == "FAIL"
+    assert slower.ratio.high < 1.0
+    assert slower.ratio == slower.measurement.ratio
+    assert "slower" in slower.reason
+    same = validator.check_performance(candidate, reference, inputs, max_slowdown=0.5)
     assert same.verdict == "PASS"
-    assert same.ratio.low > 0.5
+    assert same.ratio.low > 1.0 / 1.5
+    faster = validator.check_performance(reference, Slow().eval(), inputs)
+    assert faster.verdict == "PASS"
+    assert "faster" in faster.reason
+
+
+def test_performance_is_not_judged_without_a_slowdown_that_matters(pair):
+    with pytest.raises(ValueError, match="max_slowdown"):
+        UnifiedValidator().check_performance(*pair, torch.randn(6, 8), max_slowdown=0.0)
 
 
 def test_lifting_turns_hard_coded_casts_into_fp64():

@@ -123,14 +123,33 @@ class Sequential:
         """
         pairs = len(base_ms)
         if last or pairs >= self.max_pairs:
-            error = ERROR * (1.0 - _EARLY) if self.looks else ERROR
-            return _judge(base_ms, head_ms, self.max_slowdown, error)
+            return self.last(base_ms, head_ms)
         due = sum(n <= pairs for n in self.looks)
         if due <= self._taken:
             return None
         self._taken = due
-        judged = _judge(base_ms, head_ms, self.max_slowdown, ERROR * _EARLY / len(self.looks), undecided=False)
+        error = (1.0 - self.early_confidence) / 2.0
+        judged = _judge(base_ms, head_ms, self.max_slowdown, error, undecided=False)
         return None if judged.verdict is Verdict.INCONCLUSIVE else judged
+
+    def last(self, base_ms: Sequence[float], head_ms: Sequence[float]) -> Judgement:
+        """Return the judgement of all pairs, whatever it is; arguments and errors are those of `look`."""
+        error = ERROR * (1.0 - _EARLY) if self.looks else ERROR
+        return _judge(base_ms, head_ms, self.max_slowdown, error)
+
+    @property
+    def early_confidence(self) -> float:
+        """Confidence of the interval at each look before the last one."""
+        return 1.0 - 2.0 * ERROR * _EARLY / max(1, len(self.looks))
+
+    def stop(self, speedup: Ratio) -> bool:
+        """Return whether a look decides, for samplers that only tell the speed-up (`sampler.compare`).
+
+        Pass `early_confidence` with it, ask `last` for the judgement.
+        """
+        low, high = 1.0 / speedup.high, 1.0 / speedup.low if speedup.low else math.inf
+        change = Ratio(1.0 / speedup.value, low, high, speedup.confidence)
+        return _verdict(change, self.max_slowdown) is not Verdict.INCONCLUSIVE
 
 
 def judge_series(base_ms: Sequence[float], head_ms: Sequence[float], *, max_slowdown: float = 0.03) -> Judgement:
