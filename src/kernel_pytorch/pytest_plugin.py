@@ -255,6 +255,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for path in config.getoption("kpt_report"):
         if Path(path).suffix not in _WRITERS:
             raise pytest.UsageError(f"--kpt-report {path}: the name must end with one of {', '.join(_WRITERS)}")
+        try:
+            (config.invocation_params.dir / path).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise pytest.UsageError(f"--kpt-report {path}: no such directory can be made: {error.strerror}") from error
     if not hasattr(config, "workerinput"):  # an xdist worker: its controller reports
         config.pluginmanager.register(_Reporter(config), "kpt-reporter")
 
@@ -331,9 +335,10 @@ class _Reporter:
             terminalreporter.write_line(f"history: {one_line(line)}")
 
     def pytest_sessionfinish(self) -> None:
+        if self._config.getoption("collectonly"):
+            return
         for path in self._config.getoption("kpt_report"):
             file = self._config.invocation_params.dir / path
-            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(_WRITERS[file.suffix](self._comparisons), encoding="utf-8")
 
 

@@ -171,6 +171,34 @@ def test_it(kpt):
     assert [(c.name, c.max_slowdown) for c in seen] == [("module's", 7), ("module's (2)", 9), ("own", 7)]
 
 
+def test_classes_and_fixtures_that_use_the_fixture_work_as_any(run) -> None:
+    done = run(
+        """
+import unittest
+
+class Old(unittest.TestCase):
+    def test_old(self):
+        pass
+
+@pytest.fixture
+def speed(kpt):
+    return kpt
+
+def test_through_a_fixture(speed):
+    assert speed.comparisons == []
+
+@pytest.mark.kpt(max_slowdown=0.1)
+class TestNew:
+    def test_compared(self, kpt):
+        assert kpt.comparisons == []
+
+    def test_not_compared(self):
+        pass
+"""
+    )
+    done.assert_outcomes(passed=4)
+
+
 def test_what_uses_the_fixture_is_chosen_by_the_marker(run) -> None:
     source = "def test_a(kpt):\n    pass\n\ndef test_b():\n    pass\n"
     run(source, "-m", "kpt").assert_outcomes(passed=1, deselected=1)
@@ -297,6 +325,9 @@ def test_a_report_of_an_unknown_kind_is_refused_at_the_start(run) -> None:
     done = run("def test_a():\n    pass\n", "--kpt-report=kpt.pdf")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     done.stderr.fnmatch_lines(["*kpt.pdf: the name must end with one of .md, .json, .xml, .prom*"])
+    done = run("def test_a():\n    pass\n", "--kpt-report=tox.ini/kpt.md")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines(["*tox.ini/kpt.md: no such directory can be made: *"])
 
 
 def test_a_run_without_comparisons_says_nothing(run) -> None:
