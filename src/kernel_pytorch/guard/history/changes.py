@@ -21,7 +21,7 @@ __all__ = ["ChangePoint", "changes"]
 
 MAX_P_VALUE = 0.0003
 """Simulated (`benchmarks/results/guard/history_changes.json`), independent runs with a CV of 1 %: of histories in which
-nothing changed, up to 2 % have a point, where Otava's own 0.001 gives 2 % (8 runs) to 21 % (240). A step of 3 % is found
+nothing changed, up to 2 % have a point, where Otava's 0.001 gives 2 % (8 runs) to 21 % (240). A step of 3 % is found
 in 82 % of 15 runs and 94 % of 30, a median of 3 runs after it happened; one of 5 % after 1. Where slow days follow each
 other (autocorrelation 0.5), 17 % of 30 runs have a false point: a change point is a place to look at, not a verdict.
 """
