@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from kernel_pytorch.cli import main
+from kernel_pytorch.plan.store import SearchDirectory
 
 MAKE_PLAN = Path(__file__).parent / "make_plan.py"
 SIDES = "--base REV [--head REV], --base-python P [--head-python P], two targets, --command twice, or --base-samples F "
@@ -485,8 +486,14 @@ def test_a_plan_of_another_device_is_stale_and_cannot_be_refreshed(kpt, files):
 @pytest.mark.slow
 def test_refreshing_stamps_the_plan_anew_where_it_passes(kpt, files):
     make_plan(files, "plan", "none", *fresh(), 'device.software.torch="1.13.0"')
+    (files / "plan" / "artifacts").mkdir()
+    (files / "plan" / "artifacts" / "compile_cache.zip").write_text("of torch 1.13.0")
+    (files / "plan" / "report.html").write_text("of torch 1.13.0")
     done, told = checked(kpt, "--refresh", "--max-slowdown", "5")
     assert (done.code, told["verdict"]) == (0, "PASS"), told["reason"]
+    assert "kpt: wrote plan/plan.json anew" in done.err.splitlines()
+    assert not (files / "plan" / "artifacts").exists()
+    assert "of torch 1.13.0" not in (files / "plan" / "report.html").read_text()
     import torch
 
     plan = json.loads((files / "plan" / "plan.json").read_text())
@@ -526,6 +533,23 @@ def test_a_plan_that_computes_something_else_is_wrong(kpt, files):
     assert (done.code, told["verdict"]) == (1, "WRONG")
     assert told["reason"].startswith("the plan computes something else: precision: ")
     assert told["change"] is None
+
+
+def test_a_plan_that_a_search_holds_is_not_refreshed(kpt, files):
+    make_plan(files, "plan", "none", *fresh())
+    with SearchDirectory(files / "plan"):
+        refused(
+            kpt("check", "plan", "--refresh"),
+            f"another search (pid {os.getpid()}) is writing {files}/plan; "
+            "fix: wait for it, stop it, or choose another directory with -o DIR",
+        )
+
+
+@pytest.mark.parametrize("verb", [["check"], ["compare"], ["history", "list"], ["history", "plot"]])
+def test_every_verb_has_help(here, verb):
+    done = here(*verb, "--help")
+    assert done.code == 0
+    assert "--history" in done.out
 
 
 def test_ctrl_c_between_two_commands_keeps_what_was_sampled_and_ends_them(files):

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from kernel_pytorch.cli.output import quiet_stdout, stderr_console
 from kernel_pytorch.cli.verdict import check_places, conclude, keep
-from kernel_pytorch.errors import TargetError
+from kernel_pytorch.errors import OutputDirectoryError, TargetError
 from kernel_pytorch.guard.stale import config_of
-from kernel_pytorch.plan.store import load_plan
+from kernel_pytorch.plan.schema import dumps
+from kernel_pytorch.plan.store import SearchDirectory, load_plan, write_text
 
 if TYPE_CHECKING:
     from kernel_pytorch.core.types import Plan
@@ -44,6 +45,9 @@ def check(
     loaded, path = load_plan(plan), Path(plan)
     directory = path if path.is_dir() else path.parent
     target = target or recorded_target(loaded, directory.resolve())
+    if refresh:
+        with SearchDirectory(directory):  # refuse at once what would be refused after minutes
+            pass
     with quiet_stdout(), tempfile.TemporaryDirectory(prefix="kpt-compiled-") as compiled:
         from kernel_pytorch.core.targets import load_target
         from kernel_pytorch.guard.check import InterruptedCheck, check_plan, refresh_plan
@@ -111,24 +115,38 @@ def recorded_target(plan: Plan, directory: Path) -> str:
 
 
 def _write(plan: Plan, path: Path, workload: Workload, compiled: Path) -> None:
-    """Write a plan again with what is deployed beside it: code of the software before is of no use any more."""
-    from kernel_pytorch.backends import manager_for
-    from kernel_pytorch.core.types import Mode
-    from kernel_pytorch.plan.apply import apply
-    from kernel_pytorch.plan.schema import dumps
-    from kernel_pytorch.plan.store import write_text
+    """Write a plan again with what is deployed beside it: code of the software before is of no use any more.
+
+    Raises:
+        OutputDirectoryError: Its directory cannot be written, or a search holds it.
+    """
     from kernel_pytorch.report.html import write_html
 
     file = path / "plan.json" if path.is_dir() else path
-    artifacts = file.parent / "artifacts"
-    if artifacts.is_dir():
-        shutil.rmtree(artifacts)
-        shutil.copytree(compiled, artifacts)
-        if plan.candidate.steps and plan.workload.mode is Mode.INFERENCE:
-            place = manager_for(plan.device.vendor).place
-            calls = {case: place(workload.call(case, 0)) for case in workload.cases}
-            apply(plan, place(workload.model()), inputs=calls, deploy_to=artifacts)
-    write_text(file, dumps(plan))
-    report = file.parent / "report.html"
-    if report.is_file():
-        write_html(plan, report)
+    artifacts, report = file.parent / "artifacts", file.parent / "report.html"
+    with SearchDirectory(file.parent) as store:
+        try:
+            if artifacts.is_dir():
+                shutil.rmtree(artifacts)
+                for made in (*compiled.iterdir(),):
+                    shutil.copyfile(made, store.make_artifacts() / made.name)
+                _deploy(plan, workload, store)
+            write_text(file, dumps(plan))
+            if report.is_file():
+                write_html(plan, report)
+        except OSError as error:
+            raise OutputDirectoryError(f"cannot write {file.parent}: {error.strerror or error}") from error
+    sys.stderr.write(f"kpt: wrote {file} anew\n")
+
+
+def _deploy(plan: Plan, workload: Workload, store: SearchDirectory) -> None:
+    """Write the packages that steps of an inference plan deploy."""
+    from kernel_pytorch.backends import manager_for
+    from kernel_pytorch.core.types import Mode
+    from kernel_pytorch.plan.apply import apply
+
+    if not plan.candidate.steps or plan.workload.mode is not Mode.INFERENCE:
+        return
+    place = manager_for(plan.device.vendor).place
+    calls = {case: place(workload.call(case, 0)) for case in workload.cases}
+    apply(plan, place(workload.model()), inputs=calls, deploy_to=store.make_artifacts())
