@@ -30,6 +30,7 @@ __all__ = [
     "SCREEN_CONFIDENCE",
     "cannot_win",
     "cautious",
+    "centred_ranks",
     "confirm_pairs",
     "confirmed",
     "dependence_bound",
@@ -108,6 +109,14 @@ def dependence_bound(deviations: Array, sides: tuple[Array, ...] = ()) -> float:
     return min(bound, _persistence(sides, margin=0.35)) if sides else bound
 
 
+def centred_ranks(values: Array) -> Array:
+    """Return ranks about their mean, equal values with equal ranks: rounded times must not look like a trend."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: Array = (np.cumsum(counts) - (counts + 1) / 2.0)[inverse]
+    ranks -= ranks.mean()
+    return ranks
+
+
 def _persistence(series: tuple[Array, ...], margin: float) -> float:
     """Return the long-run standard deviation over the plain one, of ranks, bounded from above.
 
@@ -121,9 +130,10 @@ def _persistence(series: tuple[Array, ...], margin: float) -> float:
     n = series[0].size
     largest, stretches = 0.0, []
     for values in series:
-        ranks = np.argsort(np.argsort(values)).astype(float)
-        ranks -= ranks.mean()
+        ranks = centred_ranks(values)
         plain = float((ranks * ranks).mean())
+        if not plain:
+            continue
         raw = float((ranks[:-1] * ranks[1:]).mean()) * (n - 1) / n / plain
         largest = max(largest, (raw * n + 1.0) / (n - 3.0) + margin * (1.0 + 4.0 / n) / math.sqrt(n - 6.0))
         sums = np.concatenate([[0.0], np.cumsum(ranks)])
@@ -134,7 +144,8 @@ def _persistence(series: tuple[Array, ...], margin: float) -> float:
             length = math.ceil(length * 1.5)
         stretches.append(stretch)
     r = min(0.95, largest)
-    return max(math.sqrt((1.0 + r) / (1.0 - r)), math.sqrt(sum(stretches) / len(stretches)))
+    stretched = math.sqrt(sum(stretches) / len(stretches)) if stretches else 1.0
+    return max(math.sqrt((1.0 + r) / (1.0 - r)), stretched)
 
 
 @lru_cache(maxsize=16)

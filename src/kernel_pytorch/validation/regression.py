@@ -265,7 +265,10 @@ def _more(change: Ratio, max_slowdown: float, pairs: int) -> str:
 
 
 def _skipped(pairs: int) -> tuple[str, ...]:
-    return (f"the first {pairs} samples of both sides are a warm-up and were left out",) if pairs else ()
+    if not pairs:
+        return ()
+    which = "the first sample of both sides is" if pairs == 1 else f"the first {pairs} samples of both sides are"
+    return (f"{which} left out as a warm-up",)
 
 
 def _schedule(first: int, most: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import binomtest, spearmanr
 
-from kernel_pytorch.measure.stats import dependence_bound, paired_ratio
+from kernel_pytorch.measure.stats import centred_ranks, dependence_bound, paired_ratio
 
 __all__ = ["notes_of", "warm_up"]
 
@@ -39,9 +39,8 @@ def warm_up(base: Array, head: Array) -> int:
     slow = np.zeros(most, dtype=bool)
     for times in (base, head):
         logs = np.log(times)
-        settled = logs[logs.size // 2 :]
-        level = float(np.median(settled))
-        slow |= logs[:most] > level + max(0.02, 4.0 * _SIGMA * float(np.median(np.abs(settled - level))))
+        level = float(np.median(logs[logs.size // 2 :]))
+        slow |= logs[:most] > level + max(0.02, 4.0 * _SIGMA * float(np.median(np.abs(logs - level))))
     return most if slow.all() else int(np.argmin(slow))
 
 
@@ -119,9 +118,8 @@ def _trend(logs: Array, max_slowdown: float) -> str:
 def _resemblance(logs: Array) -> str:
     if logs.size < 20:
         return ""
-    ranks = np.argsort(np.argsort(logs)).astype(float)
-    ranks -= ranks.mean()
-    r = float((ranks[:-1] * ranks[1:]).sum() / (ranks * ranks).sum())
+    ranks = centred_ranks(logs)
+    r = float((ranks[:-1] * ranks[1:]).sum() / max(1.0, (ranks * ranks).sum()))
     if r * np.sqrt(logs.size) < 3.3:
         return ""
     return (
