@@ -93,6 +93,58 @@ def test_documents_with_gradients(packages, window):
         assert error_of(gradient, right_one) < 1e-2
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_eager_calls_are_what_the_operator_computes(packages, packed, monkeypatch):
+    """With and without gradients; under whatever watches or transforms calls it is the operator that runs."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    shape = (20, 2, 16) if packed else (2, 2, 20, 16)
+    inputs = [draw(*shape, seed=n).requires_grad_() for n in range(3)]
+    weight = draw(*shape, seed=5)
+
+    def run():
+        if packed:
+            out = attention_varlen(*inputs, OFFSETS, OFFSETS, 12, 12, is_causal=True, impl="fa4")
+        else:
+            out = attention(*inputs, is_causal=True, impl="fa4")
+        return out, *torch.autograd.grad(out, inputs, weight)
+
+    run()
+    with Watch() as watch:
+        want = run()
+    assert {f"kernel_pytorch.flash_attention{which}.default" for which in ("", "_backward")} <= watch.seen
+    real = torch.ops.kernel_pytorch.flash_attention
+    monkeypatch.setattr(torch.ops.kernel_pytorch, "flash_attention", None)
+    torch.testing.assert_close(run(), want)
+    with torch.no_grad():
+        if packed:
+            out = attention_varlen(*inputs, OFFSETS, OFFSETS, 12, 12, is_causal=True, impl="fa4")
+        else:
+            out = attention(*inputs, is_causal=True, impl="fa4")
+    torch.testing.assert_close(out, want[0].detach())
+    assert not out.requires_grad
+    monkeypatch.setattr(torch.ops.kernel_pytorch, "flash_attention", real)
+    with torch.autograd.profiler.profile() as profile:
+        run()
+    assert any(event.name == "kernel_pytorch::flash_attention" for event in profile.function_events)
+
+
+def test_gradients_of_gradients_are_refused(packages):
+    q = draw(2, 2, 20, 16).requires_grad_()
+    (gradient,) = torch.autograd.grad(attention(q, q, q, impl="fa4").sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.sum(), q)
+
+
 @pytest.mark.parametrize(("impl", "packed"), [("fa4", False), ("fa4", True), ("fa3+fa4", False)])
 def test_compiles_whole_with_gradients(packages, impl, packed):
     torch._dynamo.reset()

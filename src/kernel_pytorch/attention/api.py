@@ -23,7 +23,7 @@ from kernel_pytorch.attention.types import (
     Alignment,
     AttentionError,
     AttentionShape,
-    Call,
+    Bound,
     Choice,
     Window,
     visible_band,
@@ -75,59 +75,62 @@ def attention(
     """
     if torch.compiler.is_compiling():
         query, key, value = _autocast(query, key, value)
-        ready = _prepare(
+        name, left, right, alignment, kv_len = _prepare(
             query, key, value, attn_mask, (dropout_p, softcap), (is_causal, enable_gqa), (alignment, window), impl
         )
-    else:
-        if torch._C._is_any_autocast_enabled():  # noqa: SLF001 - asking for the device's type takes ten times as long
-            query, key, value = _autocast(query, key, value)
-        # What was asked before is neither checked nor reduced again: the host's time is all that a short call takes.
-        asked = (
-            query.shape,
-            key.shape,
-            value.shape,
-            query.dtype,
-            key.dtype,
-            value.dtype,
-            query.device,
-            key.get_device(),
-            value.get_device(),
-            torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
-            attn_mask is None,
-            dropout_p,
-            is_causal,
-            enable_gqa,
-            alignment,
-            window if window is None else tuple(window),
-            softcap,
-            impl,
+        if kv_len is not None:
+            key, value = key[:, :, :kv_len], value[:, :, :kv_len]
+        return implementation(name).call(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            scale=scale,
+            left=left,
+            right=right,
+            alignment=alignment,
+            softcap=softcap,
         )
-        found = _ready.get(asked)
-        if found is None:
-            found = _prepare(
-                query, key, value, attn_mask, (dropout_p, softcap), (is_causal, enable_gqa), (alignment, window), impl
-            )
-            _bounded(_ready)[asked] = found
-        ready = found
-    call, left, right, kv_len, alignment = ready
+    if torch._C._is_any_autocast_enabled():  # noqa: SLF001 - asking for the device's type takes ten times as long
+        query, key, value = _autocast(query, key, value)
+    # What was asked before is neither checked nor reduced again: the host's time is all that a short call takes.
+    asked = (
+        query.shape,
+        key.shape,
+        value.shape,
+        query.dtype,
+        key.dtype,
+        value.dtype,
+        query.device,
+        key.get_device(),
+        value.get_device(),
+        torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+        attn_mask is None,
+        dropout_p,
+        is_causal,
+        enable_gqa,
+        alignment,
+        window if window is None else tuple(window),
+        softcap,
+        impl,
+    )
+    ready = _ready.get(asked)
+    if ready is None:
+        prepared = _prepare(
+            query, key, value, attn_mask, (dropout_p, softcap), (is_causal, enable_gqa), (alignment, window), impl
+        )
+        ready = _bounded(_ready)[asked] = _bind(prepared, query, key, dropout_p, softcap)
+    call, kv_len = ready
     if kv_len is not None:
         key, value = key[:, :, :kv_len], value[:, :, :kv_len]
-    return call(
-        query,
-        key,
-        value,
-        attn_mask=attn_mask,
-        dropout_p=dropout_p,
-        scale=scale,
-        left=left,
-        right=right,
-        alignment=alignment,
-        softcap=softcap,
-    )
+    return call(query, key, value, attn_mask, scale)
 
 
-_Ready = tuple[Call, int | None, int | None, int | None, Alignment]
-"""Who computes it, the band, how many keys matter where not all do, and the alignment."""
+_Prepared = tuple[str, int | None, int | None, Alignment, int | None]
+"""Who computes it, the band, its alignment, and how many keys matter where not all do."""
+
+_Ready = tuple[Bound, int | None]
 
 _ready: dict[tuple[Any, ...], _Ready] = {}
 _MOST_READY = 4096
@@ -149,7 +152,7 @@ def _prepare(
     flags: tuple[bool, bool],
     band: tuple[Alignment, Window | None],
     impl: str | None,
-) -> _Ready:
+) -> _Prepared:
     """Check the arguments, reduce the band and choose."""
     (dropout_p, softcap), (is_causal, enable_gqa), (alignment, window) = floats, flags, band
     _check(query, key, value, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, dropout_p=dropout_p)
@@ -175,7 +178,34 @@ def _prepare(
         mask=attn_mask is not None,
         packed=False,
     )
-    return implementation(name).call, left, right, fewer, alignment
+    return name, left, right, alignment, fewer
+
+
+def _bind(prepared: _Prepared, query: Tensor, key: Tensor, dropout_p: float, softcap: float) -> _Ready:
+    """Return the call of an implementation with all that is decided."""
+    name, left, right, alignment, kv_len = prepared
+    one = implementation(name)
+    gqa = query.shape[1] != key.shape[1]
+    if one.bind is not None:
+        bound = one.bind(query, dropout_p=dropout_p, left=left, right=right, alignment=alignment, enable_gqa=gqa)
+        if bound is not None:
+            return bound, kv_len
+
+    def call(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float | None) -> Tensor:
+        return one.call(
+            q,
+            k,
+            v,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            scale=scale,
+            left=left,
+            right=right,
+            alignment=alignment,
+            softcap=softcap,
+        )
+
+    return call, kv_len
 
 
 def attention_varlen(

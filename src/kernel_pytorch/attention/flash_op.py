@@ -13,19 +13,18 @@ end in the lower right corner, and bounds of -1 are none.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from kernel_pytorch.attention.types import Alignment, Call, VarlenCall
 
 __all__ = ["BACKWARD", "FORWARD", "Problem", "aligned", "calls"]
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """What a kernel is told beside its tensors.
 
     Attributes:
@@ -81,17 +80,27 @@ def aligned(tensor: Tensor) -> Tensor:
     They need a contiguous last dimension, and the start and all other strides at multiples of 16 bytes.
     """
     item = 16 // tensor.element_size()
-    fits = tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0
-    fits = fits and all(s % item == 0 for s, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if n > 1)
-    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
+    *steps, last = tensor.stride()
+    if last == 1 and tensor.data_ptr() % 16 == 0:
+        for step, size in zip(steps, tensor.shape, strict=False):
+            if step % item and size > 1:
+                break
+        else:
+            return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _given(tensor: Tensor) -> Tensor:
+    # Detached: DLPack, by which the packages take tensors, refuses those that require a gradient.
+    return aligned(tensor.detach() if tensor.requires_grad else tensor)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *problem, forward, _ = rest
-    with torch.cuda.device_of(q):
-        # Detached: DLPack, by which the packages take tensors, refuses those that require a gradient.
-        tensors = [aligned(tensor.detach()) for tensor in (q, k, v)]
-        return FORWARD[forward](*tensors, Problem(*problem))
+    if q.is_cuda and q.get_device() != torch.cuda.current_device():
+        with torch.cuda.device_of(q):
+            return FORWARD[forward](_given(q), _given(k), _given(v), Problem(*problem))
+    return FORWARD[forward](_given(q), _given(k), _given(v), Problem(*problem))
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
@@ -106,7 +115,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, *_: Any)
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     lse, *problem, backward = rest
     with torch.cuda.device_of(q):
-        tensors = [aligned(tensor.detach()) for tensor in (grad, q, k, v, out)]
+        tensors = [_given(tensor) for tensor in (grad, q, k, v, out)]
         dq, dk, dv = BACKWARD[backward](*tensors, lse, Problem(*problem))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
@@ -141,6 +150,50 @@ torch.library.register_fake("kernel_pytorch::flash_attention_backward", _backwar
 torch.library.register_autograd("kernel_pytorch::flash_attention", _differentiate, setup_context=_save, lib=_library)
 
 
+class _Attend(torch.autograd.Function):
+    """The operator without the dispatcher, for eager code: that and its autograd take longer than short kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, *rest: Any) -> Any:
+        """Compute the output."""
+        out, lse = _forward(q, k, v, cu_q, cu_k, *rest)
+        *ctx.numbers, _, ctx.backward_name = rest
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """Compute the gradients, by the operator: who traces a backward pass sees it."""
+        grads = torch.ops.kernel_pytorch.flash_attention_backward(
+            grad, *ctx.saved_tensors, *ctx.numbers, ctx.backward_name
+        )
+        return (*grads, *(None,) * 10)
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Return whether nobody watches or transforms what is called: then the dispatcher would add time alone."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(tensor) is Tensor or type(tensor) is nn.Parameter for tensor in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0  # noqa: SLF001
+        and not torch._C._are_functorch_transforms_active()  # noqa: SLF001
+        and not torch._C._is_tracing()  # noqa: SLF001
+        and not torch.autograd.profiler._is_profiler_enabled  # noqa: SLF001
+    )
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    result: Tensor
+    if not _is_plain(q, k, v):
+        result, _ = torch.ops.kernel_pytorch.flash_attention(q, k, v, *rest)
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        result = _Attend.apply(q, k, v, *rest)
+    else:
+        result, _ = _forward(q, k, v, *rest)
+    return result
+
+
 def _bound(tokens: int | None) -> int:
     return -1 if tokens is None else tokens
 
@@ -169,7 +222,7 @@ def calls(forward: str, backward: str) -> tuple[Call, VarlenCall]:
         del alignment
         assert attn_mask is None
         assert dropout_p == 0.0
-        out, _ = torch.ops.kernel_pytorch.flash_attention(
+        return _attend(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
@@ -183,9 +236,7 @@ def calls(forward: str, backward: str) -> tuple[Call, VarlenCall]:
             softcap,
             forward,
             backward,
-        )
-        result: Tensor = out.transpose(1, 2)
-        return result
+        ).transpose(1, 2)
 
     def packed(
         query: Tensor,
@@ -201,7 +252,7 @@ def calls(forward: str, backward: str) -> tuple[Call, VarlenCall]:
         right: int | None,
         softcap: float,
     ) -> Tensor:
-        out, _ = torch.ops.kernel_pytorch.flash_attention(
+        return _attend(
             query,
             key,
             value,
@@ -216,7 +267,5 @@ def calls(forward: str, backward: str) -> tuple[Call, VarlenCall]:
             forward,
             backward,
         )
-        result: Tensor = out
-        return result
 
     return dense, packed

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernel_pytorch.attention.reference import visible
-from kernel_pytorch.attention.types import Alignment, AttentionShape, Implementation
+from kernel_pytorch.attention.types import Alignment, AttentionShape, Bound, Implementation
 from kernel_pytorch.core.types import Skip
 
 __all__ = ["IMPLEMENTATION", "fits"]
@@ -89,6 +89,32 @@ def _call(
     )
 
 
+def _bind(
+    query: Tensor, *, dropout_p: float, left: int | None, right: int | None, alignment: Alignment, enable_gqa: bool
+) -> Bound | None:
+    """Return SDPA with what is decided written out: a microsecond less for each call."""
+    if not _is_sdpas(left, right, alignment):
+        return None
+    is_causal, vectors = right == 0, query.is_cuda and query.dtype in _HALF
+
+    def bound(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None) -> Tensor:
+        if vectors:
+            q, k, v = query.stride(), key.stride(), value.stride()
+            odd = q[0] | q[1] | q[2] | k[0] | k[1] | k[2] | v[0] | v[1] | v[2]
+            odd |= query.storage_offset() | key.storage_offset() | value.storage_offset()  # type: ignore[operator]
+            if odd & 7 or not (q[3] == k[3] == v[3] == 1):
+                query, key, value = _readable(query), _readable(key), _readable(value)
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    return bound
+
+
 IMPLEMENTATION = Implementation(
-    name="sdpa", summary="PyTorch's scaled_dot_product_attention with its own choice", fits=fits, call=_call
+    name="sdpa",
+    summary="PyTorch's scaled_dot_product_attention with its own choice",
+    fits=fits,
+    call=_call,
+    bind=_bind,
 )

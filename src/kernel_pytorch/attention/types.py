@@ -151,6 +151,9 @@ them, the band as `visible_band` returns it."""
 VarlenCall = Callable[..., torch.Tensor]
 """`(query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, scale, left, right, softcap)`."""
 
+Bound = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float | None], torch.Tensor]
+"""`(query, key, value, attn_mask, scale)`: a `Call` whose other arguments are decided."""
+
 Fits = Callable[..., Skip | None]
 """`(shape, device, *, backward)`."""
 
@@ -169,6 +172,8 @@ class Implementation:
         numerics: What it may do to the numbers.
         rank: `impl=None` considers the applicable ones of the lowest rank only; a rank below 0 is never chosen.
         packages: Distributions whose versions decide what it does.
+        bind: Takes a query and what is decided for all calls like it (`dropout_p`, `left`, `right`, `alignment`,
+            `enable_gqa`) and returns a quicker `call` for them, or `None`.
     """
 
     name: str
@@ -179,6 +184,7 @@ class Implementation:
     numerics: Numerics = Numerics.REORDERED
     rank: int = 0
     packages: tuple[str, ...] = ()
+    bind: Callable[..., Bound | None] | None = None
 
 
 BROKEN = "does not import"
