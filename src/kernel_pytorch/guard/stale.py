@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
 
-import kernel_pytorch
 from kernel_pytorch.core.config import KernelPyTorchConfig
 from kernel_pytorch.core.types import DeviceSpec, Plan, Trial
 from kernel_pytorch.errors import KptError, PlanError
@@ -33,7 +33,12 @@ def config_of(plan: Plan) -> KernelPyTorchConfig:
 
 def software_of(device: DeviceSpec, package_version: str = "") -> dict[str, str]:
     """Return versions by name, this package's among them."""
-    return {**device.software, "kernel_pytorch": package_version or kernel_pytorch.__version__}
+    return {**device.software, "kernel_pytorch": package_version or _own_version()}
+
+
+def _own_version() -> str:
+    # The root module offers the whole package lazily, so an import of it would point up.
+    return str(sys.modules["kernel_pytorch"].__version__)
 
 
 def differences(plan: Plan, here: DeviceSpec) -> tuple[str, ...]:
@@ -88,7 +93,7 @@ def stamp(plan: Plan, fresh: Trial, here: DeviceSpec) -> Plan:
         device=here,
         chosen=chosen,
         evidence=(*evidence, chosen),
-        package_version=kernel_pytorch.__version__,
+        package_version=_own_version(),
     )
 
 
