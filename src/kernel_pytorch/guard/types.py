@@ -44,7 +44,8 @@ class Culprit:
     """One thing that differs between the sides and may explain a slowdown.
 
     Attributes:
-        kind: `revision`, `software`, `clocks`, `load`, `kernels`, `idle`, `memory`, `recompilation`, `device`, `unknown`.
+        kind: `revision`, `software`, `clocks`, `load`, `kernels`, `idle`, `memory`, `recompilation`, `device` or
+            `unknown`.
         what: One line for people: `torch 2.12.1 -> 2.13.0`, `flash_fwd_kernel +1.8 ms (61 % of the slowdown)`.
         share: Share of the slowdown it explains, where that can be told.
         evidence: Figures behind it, by name with unit.
