@@ -219,39 +219,42 @@ def layer_norm_case(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16
     )
 
 
-def _backward_launches(columns: int) -> list[Launch]:
+def _forward_launches(op: str, columns: int) -> list[Launch]:
     """Return the launches worth comparing for rows of `columns` elements, today's first."""
+    from dataclasses import replace
+    from importlib import import_module
+
+    name = op.removeprefix("add_")
+    today = import_module(f"kernel_pytorch.ops.{name}.{name}_kernel").forward_launch(columns)
+    other = today.warps // 2 if name == "rms_norm" else today.warps * 2
+    plain = replace(today, once=False)
+    return [today, plain, replace(plain, warps=max(1, other))]
+
+
+def _backward_launches(columns: int) -> list[Launch]:
+    """Return the launches worth comparing for rows of `columns` elements, the best of the last comparison first."""
+    from dataclasses import replace
+
     from kernel_pytorch._triton.launch import Launch, next_power_of_2
 
     block = next_power_of_2(columns)
-    if block > 8192:  # one stage: the sums lie in memory; more: in registers, some of which spill
-        return [Launch(1, 32, 1), Launch(1, 16, 1), Launch(1, 16, 2), Launch(1, 32, 1, 3), Launch(1, 16, 1, 3)]
-    if block > 4096:
-        few = [Launch(1, 16, 1, stages) for stages in (2, 3, 4)]
-        return [
-            *few,
-            Launch(1, 16, 1, 4, overlapped=True),
-            Launch(1, 16, 1, ahead=True, overlapped=True),
-            Launch(1, 32, 1, 4, overlapped=True),
-            Launch(1, 8, 1, 4, overlapped=True),
-        ]
-    rows = 4096 // block
-    return [
-        Launch(max(1, rows // 2), 8 if rows == 1 else 4, 2 if rows == 1 else 4, 2),
-        Launch(rows, 8, 2, 3),
-        Launch(rows, 8, 2, 4),
-        Launch(rows, 8, 2, 4, overlapped=True),
-        Launch(rows, 8, 2, ahead=True, overlapped=True),
-        Launch(rows, 16, 1, 4, overlapped=True),
-        Launch(rows, 16, 2, 3, overlapped=True),
-        Launch(max(1, rows // 2), 4, 4 if rows > 1 else 2, 4, overlapped=True),
-    ]
+    if block > 8192:
+        first, *others = [Launch(1, 16, 1, 3), Launch(1, 32, 1, 3)]
+    elif columns == 8192:
+        first, *others = [Launch(1, 16, 1, 3), Launch(1, 8, 1, 4)]
+    elif block == 8192:
+        first, *others = [Launch(1, 8, 1, 4), Launch(1, 8, 2, 3)]
+    elif block == 4096:
+        first, *others = [Launch(1, 8, 2, 3), Launch(1, 16, 2, 3)]
+    elif block == 2048:
+        first, *others = [Launch(1, 4, 4, 4), Launch(1, 4, 4, 3)]
+    else:
+        rows = max(1, 2048 // block)
+        first, *others = [Launch(rows, 4, 4, 4), Launch(rows, 4, 4, 3)]
+    return [first, *(replace(launch, once=False) for launch in (first, *others))]
 
 
 def _norm_tunings(op: str, columns: int) -> dict[tuple[str, str], Callable[[Inputs], Callable[[], Any]]]:
-    from kernel_pytorch._triton.launch import Launch, next_power_of_2
-
-    block = next_power_of_2(columns)
     tunings: dict[tuple[str, str], Callable[[Inputs], Callable[[], Any]]] = {}
 
     def calls(launch: Launch, phase: str) -> Callable[[Inputs], Callable[[], Any]]:
@@ -275,15 +278,12 @@ def _norm_tunings(op: str, columns: int) -> dict[tuple[str, str], Callable[[Inpu
 
         return build
 
-    for per_thread in (16, 32, 64):
-        for elements in (max(block, 2048), max(block, 8192)):
-            rows, warps = elements // block, elements // per_thread // 32
-            if 1 <= warps <= 32:
-                tunings["forward", f"rows={rows} warps={warps}"] = calls(Launch(rows, warps), "forward")
+    for launch in _forward_launches(op, columns):
+        name = f"rows={launch.rows} warps={launch.warps}" + " once" * launch.once
+        tunings["forward", name] = calls(launch, "forward")
     for launch in _backward_launches(columns):
-        words = [f"rows={launch.rows} warps={launch.warps} per_sm={launch.per_multiprocessor} stages={launch.stages}"]
-        words += [word for word in ("ahead", "overlapped") if getattr(launch, word)]
-        tunings["backward", " ".join(words)] = calls(launch, "backward")
+        name = f"rows={launch.rows} warps={launch.warps} per_sm={launch.per_multiprocessor} stages={launch.stages}"
+        tunings["backward", name + " once" * launch.once] = calls(launch, "backward")
     return tunings
 
 

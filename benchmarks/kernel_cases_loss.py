@@ -235,7 +235,7 @@ def adamw_case(label: str, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype
 
     shared: dict[int, tuple[Inputs, list[Any]]] = {}
 
-    def tuned(**launch: int) -> Callable[[Inputs], Callable[[], Any]]:
+    def tuned(**launch: Any) -> Callable[[Inputs], Callable[[], Any]]:
         def build(inputs: Inputs) -> Callable[[], Any]:
             from kernel_pytorch.ops.adamw.op import Entry, Hyper, Tables, update
 
@@ -259,13 +259,14 @@ def adamw_case(label: str, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype
 
         return build
 
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 4
-    launches = [
-        {"chunk": chunk, "block": block, "num_warps": warps}
-        for chunk in (8192, 32768, 131072)
-        for block, warps in ((1024, 4), (2048, 8), (4096, 16), (2048, 4))
+    # Chunks: what programs that run at once touch lies together or apart. Then registers, hints, loads ahead.
+    launches: list[dict[str, Any]] = [{"chunk": 2048 << i} for i in (0, 1, 2, 4)]
+    launches += [
+        {"chunk": 2048, "num_warps": 4},
+        {"chunk": 2048, "once": True},
+        {"chunk": 2048, "registers": 40},
+        {"chunk": 32768, "stages": 3},
     ]
-    launches += [{"chunk": 16384, "block": 2048, "num_warps": 8, "programs": n * multiprocessors} for n in (2, 4, 8)]
     return Case(
         op="adamw",
         label=f"{label}, {len(shapes)} tensors, {numel / 1e6:.0f}M {str(dtype).removeprefix('torch.')}",

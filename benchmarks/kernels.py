@@ -3,10 +3,11 @@
 For each case the results are compared with fp64 first; what is wrong gets no time. Then all variants are timed in turn,
 `--samples` rounds, each from a cold L2 cache: the cache is overwritten, the GPU is kept busy while the host queues the
 work, and two CUDA events bracket it, so that the time is the GPU's own. Bandwidth counts the least bytes the operation
-moves, whatever a variant moves, and is told as a share of what large copies reach in the same run.
+moves, whatever a variant moves, and is told as a share of two things: of what large copies reach in the same run, and,
+in brackets after it, of a copy of as many bytes timed in the same rounds, which has a launch and an end as they have.
 
     python benchmarks/kernels.py -o benchmarks/results/DEVICE/kernels.json [--only rms_norm] [--quick] [--tune]
-        [--shapes 16384x4096,8192x8192] [--phase backward]
+        [--shapes 16384x4096,8192x8192] [--phase backward] [--compilers 12]
 
 Finished cases in the file are kept; `--smoke` runs tiny shapes on the CPU, under TRITON_INTERPRET=1 the kernels too.
 """
@@ -18,6 +19,7 @@ import dataclasses
 import importlib
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -140,11 +142,30 @@ def row(case: Case, variant: str, phase: str, **more: Any) -> dict[str, Any]:
     return {"op": case.op, "case": case.label, "variant": variant, "phase": phase, **more}
 
 
-def timed(case: Case, phase: str, samples_ms: list[float], copy: float) -> dict[str, Any]:
-    median = statistics.median(samples_ms)
-    rate = case.bytes[phase] / median * 1e3
-    mad = statistics.median(abs(s - median) for s in samples_ms)
-    return {"median_ms": median, "mad_ms": mad, "bytes_per_s": rate, "of_copy": rate / copy, "samples_ms": samples_ms}
+COPY = "copy of the same size"
+
+
+def copying(case: Case, phase: str, device: torch.device) -> Callable[[], Any]:
+    """Return a copy that reads and writes as many bytes as the phase moves at least."""
+    source = torch.randint(0, 100, (max(1, case.bytes[phase] // 2),), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def timed(
+    case: Case, phase: str, times: Mapping[Any, list[float]], copy: float, more: Mapping[Any, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return a row for each variant that has times: the copy of the same size is one, and what others are held to."""
+    same = statistics.median(times[COPY]) if times.get(COPY) else None
+    rows = []
+    for name, samples_ms in times.items():
+        median = statistics.median(samples_ms)
+        rate = case.bytes[phase] / median * 1e3
+        mad = statistics.median(abs(s - median) for s in samples_ms)
+        shares = {"of_copy": rate / copy, "of_copy_same_size": None if same is None else same / median}
+        taken = {"median_ms": median, "mad_ms": mad, "bytes_per_s": rate, **shares, "samples_ms": samples_ms}
+        rows.append(row(case, name, phase, **more.get(name, {}), **taken))
+    return rows
 
 
 def measure(case: Case, clock: Clock, device: torch.device, samples: int, copy: float) -> list[dict[str, Any]]:
@@ -173,9 +194,11 @@ def measure(case: Case, clock: Clock, device: torch.device, samples: int, copy: 
                 rows.append(row(case, variant, phase, failed=f"error {worst:.2e} > {case.tolerance:.0e}", **more))
     del truth
     for phase in case.bytes:
-        times, failed = rounds(clock, {key: run for key, run in calls.items() if key[1] == phase}, samples)
-        rows += [row(case, key[0], phase, failed=why) for key, why in failed.items()]
-        rows += [row(case, key[0], phase, **errors[key], **timed(case, phase, t, copy)) for key, t in times.items()]
+        these = {variant: run for (variant, which), run in calls.items() if which == phase}
+        times, failed = rounds(clock, {COPY: copying(case, phase, device), **these}, samples)
+        rows += [row(case, variant, phase, failed=why) for variant, why in failed.items()]
+        more = {variant: found for (variant, which), found in errors.items() if which == phase}
+        rows += timed(case, phase, times, copy, more)
     return rows
 
 
@@ -204,10 +227,29 @@ def tune(case: Case, clock: Clock, device: torch.device, samples: int, copy: flo
                     rows.append(row(case, name, phase, failed=f"error {worst:.2e} > {case.tolerance:.0e}"))
                     continue
                 calls[name] = run
-        times, failed = rounds(clock, calls, samples)
+        times, failed = rounds(clock, {COPY: copying(case, phase, device), **calls}, samples)
         rows += [row(case, name, phase, failed=why) for name, why in failed.items()]
-        rows += [row(case, name, phase, **timed(case, phase, t, copy)) for name, t in times.items()]
+        rows += timed(case, phase, times, copy, {})
     return rows
+
+
+def build_tunings(wanted: list[Case], device: torch.device) -> None:
+    """Run the launches of `--tune` once: what is compiled lies on disk afterwards."""
+    for case in wanted:
+        inputs = case.make(device)
+        for (phase, name), build in case.tunings.items():
+            try:
+                build(inputs)()
+            except Exception as error:  # the process that times them says so too
+                print(f"{case.op} {case.label} {phase} {name}: {type(error).__name__}: {error}"[:200], flush=True)
+
+
+def compile_apart(processes: int) -> None:
+    """Compile the launches of `--tune` in several processes with this one's arguments, for one takes seconds each."""
+    command = [sys.executable, *sys.argv]
+    shares = [subprocess.Popen([*command, "--share", f"{i}/{processes}"]) for i in range(processes)]
+    for share in shares:
+        share.wait()
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -228,6 +270,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def shares(r: dict[str, Any]) -> str:
+    """Return the share of the bandwidth of large copies, and in brackets that of a copy of the same size."""
+    same = r.get("of_copy_same_size")
+    return f"{r['of_copy']:.0%}" + ("" if same is None else f" ({same:.0%})")
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Return milliseconds and share of copy bandwidth, one line a case and phase, one column a variant."""
     lines = {}
@@ -237,7 +285,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for (op, case, phase), found in lines.items():
         cells = []
         for r in sorted(found, key=lambda r: r.get("median_ms", 1e9)):
-            done = f"{r['median_ms']:.3f} ({r['of_copy']:.0%})" if "median_ms" in r else f"- {r['failed'][:60]}"
+            done = f"{r['median_ms']:.3f} {shares(r)}" if "median_ms" in r else f"- {r['failed'][:60]}"
             cells.append(f"{r['variant']} {done}")
         text.append(f"{op} {case} {phase}: " + ", ".join(cells))
     return "\n".join(text)
@@ -247,15 +295,13 @@ def best(rows: list[dict[str, Any]]) -> str:
     """Return the fastest of each case and phase, one line each, and how many were within 2 % of it."""
     lines: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for r in rows:
-        if "median_ms" in r:
+        if "median_ms" in r and r["variant"] != COPY:
             lines.setdefault((r["op"], r["case"], r["phase"]), []).append(r)
     text = []
     for (op, case, phase), found in lines.items():
         first = min(found, key=lambda r: r["median_ms"])
         near = sum(r["median_ms"] <= 1.02 * first["median_ms"] for r in found) - 1
-        text.append(
-            f"{op} {case} {phase}: {first['variant']} {first['median_ms']:.3f} ({first['of_copy']:.0%}), {near} near"
-        )
+        text.append(f"{op} {case} {phase}: {first['variant']} {first['median_ms']:.3f} {shares(first)}, {near} near")
     return "\n".join(text)
 
 
@@ -267,6 +313,8 @@ def main() -> None:
     parser.add_argument("--phase", help="only this phase: forward, backward or step")
     parser.add_argument("--quick", action="store_true", help="only the first case of each operation")
     parser.add_argument("--tune", action="store_true", help="compare launches of the kernels instead")
+    parser.add_argument("--compilers", type=int, default=0, help="with --tune: processes that compile beforehand")
+    parser.add_argument("--share", help=argparse.SUPPRESS)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=90.0, help="begin no case after this time")
@@ -275,11 +323,12 @@ def main() -> None:
     device = torch.device("cpu" if args.smoke else "cuda")
     # The backward of a compiled function runs many times on one graph here.
     functorch_config.donated_buffer = False
-    clock = Clock(device)
-    copy = copy_bandwidth(clock, device, smoke=args.smoke)
+    if args.tune and args.compilers and not args.share:
+        compile_apart(args.compilers)
+        print(f"compiled after {time.perf_counter() - begun:.0f} s", flush=True)
     kind = "tuning" if args.tune else "rows"
     held = json.loads(args.output.read_text()) if args.output.exists() else {}
-    artefact = {"rows": [], "tuning": [], **held, "environment": environment(device), "copy": copy}
+    artefact = {"rows": [], "tuning": [], **held}
     wanted = all_cases(smoke=args.smoke)
     if args.only:
         wanted = [case for case in wanted if case.op in args.only.split(",")]
@@ -290,6 +339,13 @@ def main() -> None:
     if args.quick:
         wanted = list({case.op: case for case in reversed(wanted)}.values())[::-1]
     done = {(r["op"], r["case"]) for r in artefact[kind]}
+    if args.share:
+        i, n = map(int, args.share.split("/"))
+        build_tunings([case for case in wanted if (case.op, case.label) not in done][i::n], device)
+        return
+    clock = Clock(device)
+    copy = copy_bandwidth(clock, device, smoke=args.smoke)
+    artefact |= {"environment": environment(device), "copy": copy}
     for case in wanted:
         if (case.op, case.label) in done:
             continue
@@ -307,7 +363,8 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     names = {(case.op, case.label) for case in wanted}
-    print(f"copy {copy['bytes_per_s'] / 1e12:.2f} TB/s; {time.perf_counter() - begun:.0f} s; ms (share of copy):")
+    print(f"copy {copy['bytes_per_s'] / 1e12:.2f} TB/s; {time.perf_counter() - begun:.0f} s; ms, share of that")
+    print("(share of a copy of the same size):")
     shown = [r for r in artefact[kind] if (r["op"], r["case"]) in names]
     print(table(shown))
     if args.tune:

@@ -109,7 +109,9 @@ def test_what_is_in_flight_fits_in_shared_memory(columns, shared) -> None:
     tile = launch.rows * 12 * (1 << (columns - 1).bit_length())
     assert 1 <= launch.stages <= 4
     assert launch.per_multiprocessor * (launch.stages - 1) * tile < shared
-    assert launch.stages == 4 or launch.per_multiprocessor * (launch.stages * tile + 2048) > shared
+    flying = launch.per_multiprocessor * (launch.stages - 1) * launch.rows * 12 * columns
+    full = launch.per_multiprocessor * (launch.stages * tile + 2048) > shared
+    assert launch.stages == 4 or full or (launch.stages == 3 and flying >= 60_000)
     assert launch.warps * launch.per_multiprocessor <= 32
 
 
@@ -130,6 +132,14 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     assert got.shape == want.shape
     got, want = got.detach(), want.detach()
     return float((got.double() - want).norm() / want.norm().clamp_min(1e-30)) if want.numel() else 0.0
+
+
+def test_launches_are_those_that_were_fastest_on_an_h200() -> None:
+    """In bfloat16 without a residual; the times are beside the rules."""
+    fastest = {768: (2, 4, 4, 4), 4096: (1, 8, 2, 3), 5120: (1, 8, 1, 4), 8192: (1, 16, 1, 3), 14336: (1, 16, 1, 3)}
+    for columns, wanted in fastest.items():
+        launch = looping_launch(columns, 4, 227 << 10)
+        assert (launch.rows, launch.warps, launch.per_multiprocessor, launch.stages) == wanted
 
 
 @pytest.mark.parametrize("with_residual", [False, True])

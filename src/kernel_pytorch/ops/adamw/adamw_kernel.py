@@ -95,9 +95,10 @@ def _update(
     rsqrt_correction,
     eps,
     MASTER: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
     """Update the elements at these addresses; `mask=None` where all exist and accesses are 16 bytes wide."""
-    grad = tl.load(grad_ptr, mask=mask).to(tl.float32)
+    grad = tl.load(grad_ptr, mask=mask, eviction_policy="evict_first" if ONCE else "").to(tl.float32)
     first = tl.load(first_ptr, mask=mask).to(tl.float32)
     second = tl.load(second_ptr, mask=mask).to(tl.float32)
     if MASTER:
@@ -124,7 +125,6 @@ def update_kernel(
     coefficients_ptr,
     tensor_of_ptr,
     number_ptr,
-    chunks,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     FIRST: tl.constexpr,
@@ -135,72 +135,76 @@ def update_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
+    STAGES: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
-    """Update chunks `program_id, program_id + programs, ...`: chunk `c` is the `number[c]`-th of its tensor."""
-    for c in range(tl.program_id(0), chunks, tl.num_programs(0)):
-        tensor = tl.load(tensor_of_ptr + c).to(tl.int64)
-        start = tl.load(number_ptr + c).to(tl.int64) * CHUNK
-        row = table_ptr + tensor * FIELDS
-        at_param = tl.load(row + 0)
-        at_grad = tl.load(row + 1)
-        at_first = tl.load(row + 2)
-        at_second = tl.load(row + 3)
-        at_master = tl.load(row + 4)
-        size = tl.load(row + 6)
-        k = coefficients_ptr + tensor * COEFFICIENTS
-        decay = tl.load(k + 0)
-        l2 = tl.load(k + 1)
-        sign = tl.load(k + 2)
-        one_minus_beta1 = tl.load(k + 3)
-        beta2 = tl.load(k + 4)
-        one_minus_beta2 = tl.load(k + 5)
-        step_size = tl.load(k + 6)
-        rsqrt_correction = tl.load(k + 7)
-        eps = tl.load(k + 8)
-        aligned = ((at_param | at_grad | at_first | at_second | at_master) & 15) == 0
-        lane = tl.arange(0, BLOCK)
-        single = tl.arange(0, TAIL)
-        end = tl.minimum(start + CHUNK, size)
-        wide_end = tl.where(aligned, start + (end - start) // BLOCK * BLOCK, start)
-        for at in range(start, wide_end, BLOCK):
-            _update(
-                tl.multiple_of(at_param.to(tl.pointer_type(PARAM)), 16) + at + lane,
-                tl.multiple_of(at_grad.to(tl.pointer_type(GRAD)), 16) + at + lane,
-                tl.multiple_of(at_first.to(tl.pointer_type(FIRST)), 16) + at + lane,
-                tl.multiple_of(at_second.to(tl.pointer_type(SECOND)), 16) + at + lane,
-                tl.multiple_of(at_master.to(tl.pointer_type(tl.float32)), 16) + at + lane,
-                None,
-                decay,
-                l2,
-                sign,
-                one_minus_beta1,
-                beta2,
-                one_minus_beta2,
-                step_size,
-                rsqrt_correction,
-                eps,
-                MASTER,
-            )
-        # One element a thread: with eight, their addresses take 176 registers, and one program fills a multiprocessor.
-        for at in range(wide_end, end, TAIL):
-            _update(
-                at_param.to(tl.pointer_type(PARAM)) + at + single,
-                at_grad.to(tl.pointer_type(GRAD)) + at + single,
-                at_first.to(tl.pointer_type(FIRST)) + at + single,
-                at_second.to(tl.pointer_type(SECOND)) + at + single,
-                at_master.to(tl.pointer_type(tl.float32)) + at + single,
-                at + single < end,
-                decay,
-                l2,
-                sign,
-                one_minus_beta1,
-                beta2,
-                one_minus_beta2,
-                step_size,
-                rsqrt_correction,
-                eps,
-                MASTER,
-            )
+    """Update a chunk, the `number[c]`-th of its tensor, where `c` is the program."""
+    c = tl.program_id(0)
+    tensor = tl.load(tensor_of_ptr + c).to(tl.int64)
+    start = tl.load(number_ptr + c).to(tl.int64) * CHUNK
+    row = table_ptr + tensor * FIELDS
+    at_param = tl.load(row + 0)
+    at_grad = tl.load(row + 1)
+    at_first = tl.load(row + 2)
+    at_second = tl.load(row + 3)
+    at_master = tl.load(row + 4)
+    size = tl.load(row + 6)
+    k = coefficients_ptr + tensor * COEFFICIENTS
+    decay = tl.load(k + 0)
+    l2 = tl.load(k + 1)
+    sign = tl.load(k + 2)
+    one_minus_beta1 = tl.load(k + 3)
+    beta2 = tl.load(k + 4)
+    one_minus_beta2 = tl.load(k + 5)
+    step_size = tl.load(k + 6)
+    rsqrt_correction = tl.load(k + 7)
+    eps = tl.load(k + 8)
+    aligned = ((at_param | at_grad | at_first | at_second | at_master) & 15) == 0
+    lane = tl.arange(0, BLOCK)
+    single = tl.arange(0, TAIL)
+    end = tl.minimum(start + CHUNK, size)
+    wide_end = tl.where(aligned, start + (end - start) // BLOCK * BLOCK, start)
+    for at in tl.range(start, wide_end, BLOCK, num_stages=STAGES):
+        _update(
+            tl.multiple_of(at_param.to(tl.pointer_type(PARAM)), 16) + at + lane,
+            tl.multiple_of(at_grad.to(tl.pointer_type(GRAD)), 16) + at + lane,
+            tl.multiple_of(at_first.to(tl.pointer_type(FIRST)), 16) + at + lane,
+            tl.multiple_of(at_second.to(tl.pointer_type(SECOND)), 16) + at + lane,
+            tl.multiple_of(at_master.to(tl.pointer_type(tl.float32)), 16) + at + lane,
+            None,
+            decay,
+            l2,
+            sign,
+            one_minus_beta1,
+            beta2,
+            one_minus_beta2,
+            step_size,
+            rsqrt_correction,
+            eps,
+            MASTER,
+            ONCE,
+        )
+    # One element a thread: with eight, their addresses take 176 registers, and one program fills a multiprocessor.
+    for at in range(wide_end, end, TAIL):
+        _update(
+            at_param.to(tl.pointer_type(PARAM)) + at + single,
+            at_grad.to(tl.pointer_type(GRAD)) + at + single,
+            at_first.to(tl.pointer_type(FIRST)) + at + single,
+            at_second.to(tl.pointer_type(SECOND)) + at + single,
+            at_master.to(tl.pointer_type(tl.float32)) + at + single,
+            at + single < end,
+            decay,
+            l2,
+            sign,
+            one_minus_beta1,
+            beta2,
+            one_minus_beta2,
+            step_size,
+            rsqrt_correction,
+            eps,
+            MASTER,
+            ONCE,
+        )
 
 
 def launch(
@@ -215,7 +219,9 @@ def launch(
     chunk: int,
     block: int,
     num_warps: int,
-    programs: int = 0,
+    stages: int = 1,
+    once: bool = False,
+    registers: int | None = None,
 ) -> None:
     """Launch both kernels.
 
@@ -230,25 +236,29 @@ def launch(
         chunk: Elements of a chunk; a multiple of `block`.
         block: Elements that a program updates at once; a power of two.
         num_warps: Warps a program.
-        programs: Programs that share the chunks; 0 is one a chunk.
+        stages: Stages of the loop over a chunk; 1 has no buffers in shared memory.
+        once: Whether loads of gradients tell the caches that they are not read again.
+        registers: Most registers a thread; `None` leaves them to the compiler.
     """
     tensors, chunks = table.shape[0], tensor_of.numel()
     types: list[Any] = [_DTYPES[dtype] for dtype in dtypes]
+    options = {} if registers is None else {"maxnreg": registers}
     with on_device_of(table):
         prepare_kernel[(triton.cdiv(tensors, 64),)](
             table, hyper, coefficients, tensors, FIELDS, HYPER, COEFFICIENTS, 64, num_warps=2
         )
         if not chunks:
             return
-        update_kernel[(min(chunks, programs) if programs else chunks,)](
-            table, coefficients, tensor_of, number, chunks, *types, master, FIELDS, COEFFICIENTS, chunk, block,
-            min(block, 32 * num_warps), num_warps=num_warps,
+        update_kernel[(chunks,)](
+            table, coefficients, tensor_of, number, *types, master, FIELDS, COEFFICIENTS, chunk, block,
+            min(block, 32 * num_warps), stages, once, num_warps=num_warps, **options,
         )  # fmt: skip
 
 
 def _update_case(label: str, dtypes: tuple[Any, Any, Any, Any], *, master: bool = False) -> CompileCase:
     names = ("PARAM", "GRAD", "FIRST", "SECOND")
     sizes = {"FIELDS": FIELDS, "COEFFICIENTS": COEFFICIENTS, "CHUNK": 32768, "BLOCK": 2048, "TAIL": 256}
+    sizes |= {"STAGES": 1, "ONCE": False}
     return CompileCase(
         update_kernel,
         {
@@ -256,7 +266,6 @@ def _update_case(label: str, dtypes: tuple[Any, Any, Any, Any], *, master: bool 
             "coefficients_ptr": "*fp32",
             "tensor_of_ptr": "*i32",
             "number_ptr": "*i32",
-            "chunks": "i32",
         },
         {**dict(zip(names, dtypes, strict=True)), "MASTER": master, **sizes},
         num_warps=8,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -97,7 +98,7 @@ def update(
     chunk: int | None = None,
     block: int | None = None,
     num_warps: int = 8,
-    programs: int = 0,
+    **launch: Any,
 ) -> None:
     """Update parameters and states in place, with two launches for each combination of device and dtypes.
 
@@ -108,7 +109,7 @@ def update(
         chunk: Elements that a program takes at once; `None` chooses by the number of elements, once a table.
         block: Elements that it updates in one go; `None` takes 16 bytes a thread of the narrowest dtype.
         num_warps: Warps a program.
-        programs: Programs that share the chunks; 0 is one a chunk.
+        launch: Further arguments of `adamw_kernel.launch`.
     """
     from kernel_pytorch.ops.adamw import adamw_kernel
 
@@ -130,7 +131,7 @@ def update(
         adamw_kernel.launch(
             table.buffer[:rows].view(-1, adamw_kernel.FIELDS), hyper, table.coefficients, table.chunks[0],
             table.chunks[1], dtypes, master=param.master is not None, chunk=table.chunk, block=width,
-            num_warps=num_warps, programs=programs,
+            num_warps=num_warps, **launch,
         )  # fmt: skip
     written = [x for e in entries for x in (e.param, e.exp_avg, e.exp_avg_sq, e.step, e.master) if x is not None]
     torch.autograd.graph.increment_version(written)

@@ -17,5 +17,6 @@ AWKWARD: tuple[tuple[int, ...], ...] = (
     (3, 4099),
     (9, 2048),
     (4, 9001),
+    (2, 17001),
 )
 """One row, short rows, odd sizes, three dimensions, no rows, and rows around the sizes where the launch changes."""

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, operator"
-# ruff: noqa: ANN001, ANN202, C901, N803, PLR0917
+# ruff: noqa: ANN001, ANN202, N803, PLR0917
 """Triton kernels of RMSNorm: a row lies in the registers of one program, so memory is touched once.
 
 Least traffic, in units of the bytes of `x`: forward 2 (read x, write y), with residual 4; backward 3 (read h and dy,
@@ -10,6 +10,7 @@ its own rows in a fixed order, and then over the programs: the same bits in ever
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import triton
@@ -26,12 +27,14 @@ from kernel_pytorch._triton.launch import (
     on_device_of,
     resident_options,
     shared_bytes,
+    tile_launch,
 )
+from kernel_pytorch._triton.rows import keep, load_rows
 from kernel_pytorch._triton.targets import CompileCase
 
 __all__ = ["COMPILE_CASES", "backward", "backward_launch", "forward", "forward_launch"]
 
-_MOST_ACCUMULATED = 8192
+_MOST_ACCUMULATED = 16384
 """Longest row (padded) whose sum for the weight's gradient is kept in registers; above it, in memory (in L2)."""
 
 
@@ -46,42 +49,32 @@ def rms_norm_forward_kernel(
     x_stride,
     residual_stride,
     rows,
-    columns,
     eps,
     weight_offset,
+    COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROUND_BEFORE_WEIGHT: tl.constexpr,
+    POLICY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    inside = column < columns
+    inside = column < COLUMNS
     mask = (row < rows)[:, None] & inside[None, :]
-    value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    out = row[:, None] * COLUMNS + column[None, :]
+    value = load_rows(x, row, x_stride, column, rows, COLUMNS, POLICY)
     scale = tl.load(weight + column, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    out = row[:, None] * columns + column[None, :]
     if residual is not None:
-        added = tl.load(
-            residual + row[:, None] * residual_stride + column[None, :],
-            mask=mask,
-            other=0.0,
-            eviction_policy="evict_first",
-        )
+        added = load_rows(residual, row, residual_stride, column, rows, COLUMNS, POLICY)
         value = (value.to(tl.float32) + added.to(tl.float32)).to(h.dtype.element_ty)
         tl.store(h + out, value, mask=mask)
-    exact = value.to(tl.float32)
-    reciprocal = tl.rsqrt(tl.sum(exact * exact, axis=1) / columns + eps)
+    exact = keep(value.to(tl.float32), column, COLUMNS, BLOCK)
+    reciprocal = tl.rsqrt(tl.sum(exact * exact, axis=1) / COLUMNS + eps)
     tl.store(rstd + row, reciprocal, mask=row < rows)
     normalised = exact * reciprocal[:, None]
     if ROUND_BEFORE_WEIGHT:
         normalised = normalised.to(x.dtype.element_ty).to(tl.float32)
     tl.store(y + out, (normalised * (scale + weight_offset)[None, :]).to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_rows(x, row, stride, column, rows, inside):
-    mask = (row < rows)[:, None] & inside[None, :]
-    return tl.load(x + row[:, None] * stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -97,13 +90,13 @@ def rms_norm_backward_kernel(
     h_stride,
     dh_stride,
     rows,
-    columns,
     weight_offset,
+    COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     IN_MEMORY: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
+    POLICY: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
     # Prefetching would read the sum held in memory before the row before it is added.
@@ -111,44 +104,27 @@ def rms_norm_backward_kernel(
     if OVERLAPPED:
         tl.extra.cuda.gdc_launch_dependents()
     column = tl.arange(0, BLOCK)
-    inside = column < columns
+    inside = column < COLUMNS
     scale = tl.load(weight + column, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
     scale += weight_offset
-    share = partials + tl.program_id(0).to(tl.int64) * columns + column
+    share = partials + tl.program_id(0).to(tl.int64) * COLUMNS + column
     total = tl.zeros([ROWS, BLOCK], tl.float32)
-    step = tl.num_programs(0) * ROWS
-    if AHEAD:
-        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        next_grad = load_rows(dy, row, dy_stride, column, rows, inside)
-        next_value = load_rows(h, row, h_stride, column, rows, inside)
-        next_reciprocal = tl.load(rstd + row, mask=row < rows, other=0.0)
-        if dh is not None:
-            next_added = load_rows(dh, row, dh_stride, column, rows, inside)
-    for start in tl.range(tl.program_id(0) * ROWS, rows, step, num_stages=STAGES):
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
-        if AHEAD:
-            grad, value, reciprocal = next_grad, next_value, next_reciprocal
-            next_grad = load_rows(dy, row + step, dy_stride, column, rows, inside)
-            next_value = load_rows(h, row + step, h_stride, column, rows, inside)
-            next_reciprocal = tl.load(rstd + row + step, mask=row + step < rows, other=0.0)
-            if dh is not None:
-                added = next_added
-                next_added = load_rows(dh, row + step, dh_stride, column, rows, inside)
-        else:
-            grad = load_rows(dy, row, dy_stride, column, rows, inside)
-            value = load_rows(h, row, h_stride, column, rows, inside)
-            reciprocal = tl.load(rstd + row, mask=row < rows, other=0.0)
-            if dh is not None:
-                added = load_rows(dh, row, dh_stride, column, rows, inside)
-        grad = grad.to(tl.float32)
-        normalised = value.to(tl.float32) * reciprocal[:, None]
+        grad = load_rows(dy, row, dy_stride, column, rows, COLUMNS, POLICY)
+        value = load_rows(h, row, h_stride, column, rows, COLUMNS, POLICY)
+        reciprocal = tl.load(rstd + row, mask=row < rows, other=0.0)
+        if dh is not None:
+            added = load_rows(dh, row, dh_stride, column, rows, COLUMNS, POLICY)
+        grad = keep(grad.to(tl.float32), column, COLUMNS, BLOCK)
+        normalised = keep(value.to(tl.float32) * reciprocal[:, None], column, COLUMNS, BLOCK)
         scaled = grad * scale[None, :]
-        aligned = tl.sum(scaled * normalised, axis=1) / columns
+        aligned = tl.sum(scaled * normalised, axis=1) / COLUMNS
         result = (scaled - normalised * aligned[:, None]) * reciprocal[:, None]
         if dh is not None:
             result += added.to(tl.float32)
         mask = (row < rows)[:, None] & inside[None, :]
-        tl.store(dx + row[:, None] * columns + column[None, :], result.to(dx.dtype.element_ty), mask=mask)
+        tl.store(dx + row[:, None] * COLUMNS + column[None, :], result.to(dx.dtype.element_ty), mask=mask)
         if IN_MEMORY:
             held = tl.load(share, mask=inside, other=0.0)
             tl.store(share, held + tl.sum(grad * normalised, axis=0), mask=inside)
@@ -160,9 +136,8 @@ def rms_norm_backward_kernel(
 
 
 def forward_launch(columns: int) -> Launch:
-    """Return the launch for rows of `columns` elements: 32 elements a thread, several short rows a program."""
-    block = next_power_of_2(columns)
-    return Launch(rows=max(1, min(16, 4096 // block)), warps=min(32, max(4, block // 1024)))
+    """Return the launch for rows of `columns` elements."""
+    return tile_launch(columns)
 
 
 def backward_launch(columns: int, bytes_per_column: int, shared: int) -> Launch:
@@ -203,12 +178,13 @@ def forward(
             wide.stride(0),
             0 if added is None else added.stride(0),
             rows,
-            columns,
             eps,
             weight_offset,
+            COLUMNS=columns,
             ROWS=launch.rows,
             BLOCK=next_power_of_2(columns),
             ROUND_BEFORE_WEIGHT=round_before_weight,
+            POLICY=launch.policy,
             num_warps=launch.warps,
             enable_fp_fusion=True,
         )
@@ -236,7 +212,7 @@ def backward(
     launch = launch or backward_launch(columns, per_column, shared_bytes(h.device))
     block = next_power_of_2(columns)
     programs = min(triton.cdiv(rows, launch.rows), launch.per_multiprocessor * multiprocessors(h.device))
-    overlapped = launch.overlapped and can_overlap(h.device)
+    overlapped = can_overlap(h.device)
     in_memory = block > _MOST_ACCUMULATED and launch.stages == 1
     make = torch.zeros if in_memory else torch.empty
     partials = make(1, programs, columns, dtype=torch.float32, device=h.device)
@@ -253,13 +229,13 @@ def backward(
             wide.stride(0),
             0 if added is None else added.stride(0),
             rows,
-            columns,
             weight_offset,
+            COLUMNS=columns,
             ROWS=launch.rows,
             BLOCK=block,
             IN_MEMORY=in_memory,
             STAGES=launch.stages,
-            AHEAD=launch.ahead,
+            POLICY=launch.policy,
             OVERLAPPED=overlapped,
             num_warps=launch.warps,
             enable_fp_fusion=True,
@@ -272,12 +248,14 @@ def _forward_case(kind: str, columns: int, *, residual: bool, label: str) -> Com
     launch = forward_launch(columns)
     pointers = dict.fromkeys(("x", "weight", "y"), f"*{kind}") | {"rstd": "*fp32"}
     pointers |= {"residual": f"*{kind}", "h": f"*{kind}"} if residual else {}
-    scalars = dict.fromkeys(("x_stride", "residual_stride", "rows", "columns"), "i32")
+    scalars = dict.fromkeys(("x_stride", "residual_stride", "rows"), "i32")
     scalars |= {"eps": "fp32", "weight_offset": "fp32"}
-    constants: dict[str, int | None] = {
+    constants: dict[str, Any] = {
+        "COLUMNS": columns,
         "ROWS": launch.rows,
         "BLOCK": next_power_of_2(columns),
         "ROUND_BEFORE_WEIGHT": residual,
+        "POLICY": launch.policy,
     }
     constants |= {} if residual else {"residual": None, "h": None}
     return CompileCase(rms_norm_forward_kernel, pointers | scalars, constants, launch.warps, label=label)
@@ -288,16 +266,17 @@ def _backward_case(kind: str, columns: int, *, residual: bool, label: str) -> Co
     launch = backward_launch(columns, per_column, 227 << 10)
     pointers = dict.fromkeys(("dy", "h", "weight", "dx"), f"*{kind}") | {"rstd": "*fp32", "partials": "*fp32"}
     pointers |= {"dh": f"*{kind}"} if residual else {}
-    scalars = dict.fromkeys(("dy_stride", "h_stride", "dh_stride", "rows", "columns"), "i32")
+    scalars = dict.fromkeys(("dy_stride", "h_stride", "dh_stride", "rows"), "i32")
     scalars |= {"weight_offset": "fp32"}
     block = next_power_of_2(columns)
-    constants: dict[str, int | None] = {
+    constants: dict[str, Any] = {
+        "COLUMNS": columns,
         "ROWS": launch.rows,
         "BLOCK": block,
         "IN_MEMORY": block > _MOST_ACCUMULATED,
         "STAGES": launch.stages,
-        "AHEAD": launch.ahead,
-        "OVERLAPPED": launch.overlapped,
+        "POLICY": launch.policy,
+        "OVERLAPPED": False,
     }
     constants |= {} if residual else {"dh": None}
     return CompileCase(rms_norm_backward_kernel, pointers | scalars, constants, launch.warps, label=label)
