@@ -162,7 +162,7 @@ class Kpt:
                 name=self._name(limits),
                 command=self._command("--kpt-base", base),
             )
-        return self._judge(_explained(comparison), limits)
+        return self._judge(_explained(comparison, config.rootpath), limits)
 
     def check(self, plan: str | Path, target: str = "", *, trust_artifacts: bool = False, **changes: Any) -> Comparison:
         """Fail the test if a plan no longer holds here: its numerics, or its speed over the unmodified model.
@@ -379,14 +379,14 @@ def _refusals() -> Iterator[None]:
         raise pytest.fail.Exception(f"kpt: {error}{fix}{trace}", pytrace=False) from None
 
 
-def _explained(comparison: Comparison) -> Comparison:
+def _explained(comparison: Comparison, repository: Path) -> Comparison:
     """Return a slowdown with what probably caused it."""
     from kernel_pytorch.core.types import Verdict
     from kernel_pytorch.guard.culprit import find_culprits
 
     if comparison.verdict is not Verdict.FAIL:
         return comparison
-    return replace(comparison, culprits=find_culprits(comparison))
+    return replace(comparison, culprits=find_culprits(comparison, repo=repository))
 
 
 def _below(root: Path, target: str) -> str:

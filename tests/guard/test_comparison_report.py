@@ -50,11 +50,18 @@ def test_text_has_verdict_sides_culprit_and_command() -> None:
         "torch                    2.12.1       2.13.0\n"
         "change, 99 %                          +11.2 % [+10.1 %, +12.4 %]\n"
         "Most likely\n"
-        "  - software: torch 2.12.1 -> 2.13.0 (61 % of it)\n"
+        "  - software: torch 2.12.1 -> 2.13.0 (61 % of the slowdown)\n"
         "Notes\n"
         "  - head is noisier: CV 4 % over 1 %\n"
         "again: kpt compare model.py:workload --base aaaa --head bbbb\n"
     )
+
+
+def test_shares_are_told_once_and_of_many_culprits_the_first() -> None:
+    told = Culprit("kernels", "gemm: +0.7 ms (61 % of the slowdown)", 0.61)
+    text = as_text(comparison(culprits=(told, *[Culprit("software", f"package {i}") for i in range(7)])))
+    assert text.count("61 %") == 1
+    assert "  - software: package 3\n  - and 3 more\n" in text
 
 
 def test_what_is_the_same_on_both_sides_is_not_shown() -> None:
@@ -134,7 +141,7 @@ def test_markdown_is_one_table_and_details_of_what_failed() -> None:
     assert cells(table[2]) == ["❌ FAIL", "`resnet step`", "+11.2 % [+10.1 %, +12.4 %]", "3.0 %", "10.0 ms", "11.1 ms"]
     assert cells(table[3])[:2] == ["✅ PASS", "`bert`"]
     assert text.count("<details") == text.count("</details>") == 1
-    assert "software: torch 2.12.1 -&gt; 2.13.0 (61 % of it)" in text
+    assert "software: torch 2.12.1 -&gt; 2.13.0 (61 % of the slowdown)" in text
     assert "Again: `kpt compare model.py:workload --base aaaa --head bbbb`" in text
 
 

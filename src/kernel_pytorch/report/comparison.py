@@ -266,10 +266,15 @@ _METRICS: tuple[tuple[str, str, Callable[[Compared], _Values]], ...] = (
 
 
 def _suspects(compared: Compared) -> list[str]:
-    return [
-        f"{c.kind}: {c.what}" + (f" ({figures.percent(c.share)} of it)" if c.share is not None else "")
-        for c in compared.culprits[:_SHOWN_CULPRITS]
-    ]
+    lines = []
+    for c in compared.culprits[:_SHOWN_CULPRITS]:
+        untold = c.share is not None and "of the slowdown" not in c.what
+        lines.append(
+            f"{c.kind}: {c.what}" + (f" ({figures.percent(c.share or 0.0)} of the slowdown)" if untold else "")
+        )
+    if left := len(compared.culprits) - _SHOWN_CULPRITS:
+        lines += [f"and {left} more"] if left > 0 else []
+    return lines
 
 
 def _details(compared: Compared) -> Iterator[str]:
