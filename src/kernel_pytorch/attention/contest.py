@@ -34,7 +34,7 @@ _REACH = 1.5
 _CALLS_MS = 8.0
 _CALLS = (3, 20)
 _EAGER_FRONT = 1.15
-_EAGER_ROUNDS, _EAGER_SECONDS = 9, 0.35
+_EAGER_FIRST_ROUNDS, _EAGER_ROUNDS, _EAGER_SECONDS = 5, 9, 0.35
 
 
 class Clock(Protocol):
@@ -100,14 +100,15 @@ def _fastest_from_python(
     reach = _REACH * min(takes.values())
     names = [name for name in clock.names if least[name] <= reach or name == PLAIN]
     calls = min(max(int(_CALLS_MS / min(takes.values())), _CALLS[0]), _CALLS[1])
-    limits = {"calls": calls, "rounds": _EAGER_ROUNDS}
-    seen = clock.back_to_back(names, **limits, max_seconds=_EAGER_SECONDS, drop=_EAGER_FRONT)
+    seen = clock.back_to_back(
+        names, calls=calls, rounds=_EAGER_FIRST_ROUNDS, max_seconds=_EAGER_SECONDS, drop=_EAGER_FRONT
+    )
     eager_ms = {name: statistics.median(times) for name, times in seen.items()}
     best = min(min(times) for times in seen.values())
     front = [name for name in names if min(seen[name]) <= _EAGER_FRONT * best]
     if len(front) == 1:
         return front[0], eager_ms
-    fresh = clock.back_to_back(front, **limits, max_seconds=_EAGER_SECONDS)
+    fresh = clock.back_to_back(front, calls=calls, rounds=_EAGER_ROUNDS, max_seconds=_EAGER_SECONDS)
     eager_ms |= {name: statistics.median(times) for name, times in fresh.items()}
     return winner(fresh, margin=_EAGER_MARGIN), eager_ms
 

@@ -217,6 +217,9 @@ def to_kernels(kernels: Sequence[Kernel]) -> Route:
         if fits and (not is_causal or query.shape[2] == key.shape[2]):
             for kernel in kernels:
                 if computes(kernel, query, key, value, is_causal):
+                    impl = kernel.compiled if torch.compiler.is_compiling() else kernel.eager
+                    if impl == "sdpa":
+                        break
                     return attention(
                         query,
                         key,
@@ -224,7 +227,7 @@ def to_kernels(kernels: Sequence[Kernel]) -> Route:
                         is_causal=is_causal,
                         scale=options["scale"],
                         enable_gqa=options["enable_gqa"],
-                        impl=kernel.compiled if torch.compiler.is_compiling() else kernel.eager,
+                        impl=impl,
                     )
         return rest(query, key, value, options)
 
