@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from kernel_pytorch.attention import timing
 from kernel_pytorch.attention.contest import decide, winner
 from kernel_pytorch.attention.timing import Samples, Stopwatch, _settle
 
@@ -152,3 +155,57 @@ def test_settling_waits_for_a_late_compilation():
     times = iter([900.0, 40.0, 1.0, 0.9, 7.0])
     assert _settle(lambda: next(times)) == 0.9
     assert next(times) == 7.0
+
+
+class Cuda:
+    """What the clock asks of `torch.cuda`: the device is `ahead` where it began before the host had queued all."""
+
+    def __init__(self, ahead):
+        self.ahead, self.covers = iter(ahead), []
+
+    def Event(self, *, enable_timing):
+        cuda = self
+
+        class Event:
+            def record(self):
+                assert enable_timing
+
+            def query(self):
+                return next(cuda.ahead)
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return 0.25 * len(cuda.covers)
+
+        return Event()
+
+    def _sleep(self, cycles):
+        self.covers.append(cycles)
+
+    def synchronize(self, device):
+        pass
+
+    def device(self, device):
+        return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize(("ahead", "kept"), [([False], 0.25), ([True, False], 0.5), ([True] * 3, 0.75)])
+def test_a_sample_that_the_device_began_early_is_taken_again(monkeypatch, ahead, kept):
+    cuda = Cuda(ahead)
+    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=cuda, empty=torch.empty, int8=torch.int8))
+    monkeypatch.setattr(timing, "detect", lambda _: None)
+    monkeypatch.setattr(timing, "cache_bytes", lambda _: 0)
+    clock = timing._CudaClock(torch.device("cpu"))
+    ran = []
+    assert clock.warm_up("fa4", lambda: ran.append(1)) >= 0.0
+    samples = Samples()
+    clock.sample("fa4", lambda: ran.append(1), samples)
+    assert samples.device == [kept]
+    assert len(samples.host) == 1
+    assert len(cuda.covers) == len(ahead)
+    assert all(longer >= 2 * shorter for shorter, longer in zip(cuda.covers, cuda.covers[1:], strict=False))
+    before = len(ran)
+    assert clock.back_to_back(lambda: ran.append(1), 20) >= 0.0
+    assert len(ran) == before + 20
