@@ -349,7 +349,7 @@ def test_a_report_of_an_unknown_kind_is_refused_at_the_start(run) -> None:
 
 def test_a_run_without_comparisons_says_nothing(run) -> None:
     done = run("def test_a():\n    pass\n")
-    assert "kpt" not in done.stdout.str()
+    assert "kpt:" not in done.stdout.str()
 
 
 def test_loading_the_plugin_imports_nothing_heavy() -> None:
