@@ -18,6 +18,9 @@ from kernel_pytorch.search.propose import Proposals
 
 __all__ = ["Strategy"]
 
+_LOOKS_FASTER = 1.005
+"""Measured speed-up from which a step is tried among all others that looked faster."""
+
 
 class Strategy:
     """Proposes candidates one at a time and learns from finished trials.
@@ -109,15 +112,24 @@ class Strategy:
         yield from (Candidate((s,)) for s in dear)
 
     def _all_winners(self, base: Candidate, steps: list[Step]) -> Iterator[Candidate]:
-        """Yield `base` with every step that won alone at once, the best of each group: one compilation for all."""
+        """Yield `base` with every step at once that looked faster alone, the best of each group.
+
+        One compilation for all; and steps whose gain of one or two per cent is within the noise alone add up.
+        """
         taken = {self.proposals.transform_of(s).group for s in base.steps}
         best: dict[str, Step] = {}
-        for step in sorted(steps, key=lambda s: -self.gain(Candidate((s,)))):
+        for step in sorted(steps, key=lambda s: -self._looks(s)):
             group = self.proposals.transform_of(step).group
-            if group not in taken and self.gain(Candidate((step,))) > 1.0:
+            if group not in taken and self._looks(step) > _LOOKS_FASTER:
                 best.setdefault(group, step)
         if len(best) > 1:
             yield self.proposals.combine([*base.steps, *best.values()])
+
+    def _looks(self, step: Step) -> float:
+        """Return the speed-up that a step alone was measured to have, however uncertain; 0.0 where it is not `ok`."""
+        trial = self.trials.get(Candidate((step,)))
+        measured = trial.measurement if trial is not None and trial.status is Status.OK else None
+        return 0.0 if measured is None else measured.ratio.value
 
     def _best(self, candidates: Iterable[Candidate]) -> Candidate:
         best = max(candidates, key=self.gain, default=Candidate())
