@@ -23,6 +23,8 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[$(EXTRAS)]' -c constraints.txt
+	@# Its pins are older than ours, and only its analysis (numpy, scipy) is used: no dependencies.
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps apache-otava==0.8.0
 	@touch $@
 
 setup: $(STAMP)  ## virtual environment with everything; quick when nothing changed
