@@ -152,7 +152,10 @@ def test_commands_and_options_exist(name: str) -> None:
         if words[0].startswith("-") or words[0].isupper():  # an option of `kpt` itself, or a placeholder
             continue
         assert words[0] in verbs, f"kpt {line}"
-        known = {option for parameter in verbs[words[0]].params for option in parameter.opts} | {"--help"}
+        verb = verbs[words[0]]
+        if hasattr(verb, "commands") and len(words) > 1 and words[1] in verb.commands:
+            verb = verb.commands[words[1]]
+        known = {option for parameter in verb.params for option in parameter.opts} | {"--help"}
         given = {re.split(r"[=|\]]", word.lstrip("["))[0] for word in words if re.match(r"\[?-", word)}
         assert given <= known, f"kpt {line}"
 

@@ -36,7 +36,9 @@ def test_help_imports_nothing_heavy_and_answers_at_once():
     assert min(times) < 0.4, "0.07 s where it was measured; generous for a busy machine"
 
 
-@pytest.mark.parametrize("verb", ["detect", "predict", "optimize", "explain", "apply", "validate", "eject"])
+@pytest.mark.parametrize(
+    "verb", ["detect", "predict", "optimize", "explain", "apply", "validate", "eject", "check", "compare"]
+)
 def test_every_verb_has_help_and_a_format(capsys, verb):
     assert main([verb, "--help"]) == 0
     out = capsys.readouterr().out
