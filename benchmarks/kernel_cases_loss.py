@@ -259,14 +259,9 @@ def adamw_case(label: str, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype
 
         return build
 
-    # Chunks: what programs that run at once touch lies together or apart. Then registers, hints, loads ahead.
+    # Chunks: what programs that run at once touch lies together or apart.
     launches: list[dict[str, Any]] = [{"chunk": 2048 << i} for i in (0, 1, 2, 4)]
-    launches += [
-        {"chunk": 2048, "num_warps": 4},
-        {"chunk": 2048, "once": True},
-        {"chunk": 2048, "registers": 40},
-        {"chunk": 32768, "stages": 3},
-    ]
+    launches += [{"chunk": 2048, "num_warps": 4}]
     return Case(
         op="adamw",
         label=f"{label}, {len(shapes)} tensors, {numel / 1e6:.0f}M {str(dtype).removeprefix('torch.')}",

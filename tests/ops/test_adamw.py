@@ -235,6 +235,19 @@ def test_writes_raise_the_version_counters(interpreter: None) -> None:
     assert all(x._version > v for x, v in zip((*mine.tensors, *mine.steps), before, strict=True))
 
 
+def test_the_chunks_are_listed_once_a_set_of_gradients(interpreter: None) -> None:
+    mine, tables, kept = Set(), adamw.Tables(), []
+    for i in range(3):
+        some = slice(None) if i < 2 else slice(5, None)
+        chosen = [x[some] for x in (mine.params, mine.grads(i), *mine.lists)]
+        adamw.step(*chosen, **HYPER, tables=tables, impl="triton")
+        kept.append(next(iter(tables.by_kind.values())).chunks)
+    assert kept[1] is kept[0]
+    wanted = [[t, n] for t, p in enumerate(mine.params) for n in range(-(-p.numel() // 2048))]
+    assert kept[0].T.tolist() == wanted
+    assert kept[2].T.tolist() == [[t - 5, n] for t, n in wanted if t >= 5]
+
+
 @pytest.mark.parametrize("chunk", [256, 512])
 def test_any_chunk(interpreter: None, chunk: int) -> None:
     from kernel_pytorch.ops.adamw.op import Entry, Hyper, update

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from kernel_pytorch._triton.launch import on_device_of
 from kernel_pytorch._triton.targets import CompileCase
+from kernel_pytorch.ops.adamw.op import CHUNK
 
 __all__ = ["COEFFICIENTS", "COMPILE_CASES", "FIELDS", "HYPER", "launch"]
 
@@ -95,10 +96,9 @@ def _update(
     rsqrt_correction,
     eps,
     MASTER: tl.constexpr,
-    ONCE: tl.constexpr,
 ):
     """Update the elements at these addresses; `mask=None` where all exist and accesses are 16 bytes wide."""
-    grad = tl.load(grad_ptr, mask=mask, eviction_policy="evict_first" if ONCE else "").to(tl.float32)
+    grad = tl.load(grad_ptr, mask=mask).to(tl.float32)
     first = tl.load(first_ptr, mask=mask).to(tl.float32)
     second = tl.load(second_ptr, mask=mask).to(tl.float32)
     if MASTER:
@@ -135,8 +135,6 @@ def update_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
-    STAGES: tl.constexpr,
-    ONCE: tl.constexpr,
 ):
     """Update a chunk, the `number[c]`-th of its tensor, where `c` is the program."""
     c = tl.program_id(0)
@@ -164,7 +162,7 @@ def update_kernel(
     single = tl.arange(0, TAIL)
     end = tl.minimum(start + CHUNK, size)
     wide_end = tl.where(aligned, start + (end - start) // BLOCK * BLOCK, start)
-    for at in tl.range(start, wide_end, BLOCK, num_stages=STAGES):
+    for at in tl.range(start, wide_end, BLOCK, num_stages=1):
         _update(
             tl.multiple_of(at_param.to(tl.pointer_type(PARAM)), 16) + at + lane,
             tl.multiple_of(at_grad.to(tl.pointer_type(GRAD)), 16) + at + lane,
@@ -182,7 +180,6 @@ def update_kernel(
             rsqrt_correction,
             eps,
             MASTER,
-            ONCE,
         )
     # One element a thread: with eight, their addresses take 176 registers, and one program fills a multiprocessor.
     for at in range(wide_end, end, TAIL):
@@ -203,7 +200,6 @@ def update_kernel(
             rsqrt_correction,
             eps,
             MASTER,
-            ONCE,
         )
 
 
@@ -219,9 +215,6 @@ def launch(
     chunk: int,
     block: int,
     num_warps: int,
-    stages: int = 1,
-    once: bool = False,
-    registers: int | None = None,
 ) -> None:
     """Launch both kernels.
 
@@ -236,13 +229,9 @@ def launch(
         chunk: Elements of a chunk; a multiple of `block`.
         block: Elements that a program updates at once; a power of two.
         num_warps: Warps a program.
-        stages: Stages of the loop over a chunk; 1 has no buffers in shared memory.
-        once: Whether loads of gradients tell the caches that they are not read again.
-        registers: Most registers a thread; `None` leaves them to the compiler.
     """
     tensors, chunks = table.shape[0], tensor_of.numel()
     types: list[Any] = [_DTYPES[dtype] for dtype in dtypes]
-    options = {} if registers is None else {"maxnreg": registers}
     with on_device_of(table):
         prepare_kernel[(triton.cdiv(tensors, 64),)](
             table, hyper, coefficients, tensors, FIELDS, HYPER, COEFFICIENTS, 64, num_warps=2
@@ -251,14 +240,13 @@ def launch(
             return
         update_kernel[(chunks,)](
             table, coefficients, tensor_of, number, *types, master, FIELDS, COEFFICIENTS, chunk, block,
-            min(block, 32 * num_warps), stages, once, num_warps=num_warps, **options,
+            min(block, 32 * num_warps), num_warps=num_warps,
         )  # fmt: skip
 
 
 def _update_case(label: str, dtypes: tuple[Any, Any, Any, Any], *, master: bool = False) -> CompileCase:
     names = ("PARAM", "GRAD", "FIRST", "SECOND")
-    sizes = {"FIELDS": FIELDS, "COEFFICIENTS": COEFFICIENTS, "CHUNK": 32768, "BLOCK": 2048, "TAIL": 256}
-    sizes |= {"STAGES": 1, "ONCE": False}
+    sizes = {"FIELDS": FIELDS, "COEFFICIENTS": COEFFICIENTS, "CHUNK": CHUNK, "BLOCK": 2048, "TAIL": 256}
     return CompileCase(
         update_kernel,
         {
