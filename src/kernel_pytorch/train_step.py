@@ -222,8 +222,8 @@ class TrainStep:
                 return out
             before = _host_state(self.optimizer)
             out, reason = self._recorder.inspect(run)
-        if not reason and updates:
-            reason = _counted_on_host(self.optimizer, before)
+            if not reason and updates:  # while the settings of this context hold, for they are numbers too
+                reason = _counted_on_host(self.optimizer, before)
         if reason:
             self._fall_out(reason)
         return out

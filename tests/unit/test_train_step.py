@@ -319,3 +319,28 @@ def test_a_batch_elsewhere_and_ever_new_shapes_fall_out() -> None:
     recording(step)
     with pytest.raises(CandidateError, match="a tensor of the batch is on meta: move it to cpu"):
         step._key([torch.ones(1, device="meta")], None, updates=True)
+
+
+class Capturable(torch.optim.Optimizer):
+    """Plain gradient descent with the setting that makes Adam count on the device."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1, "capturable": False})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            assert group["capturable"]
+            for parameter in group["params"]:
+                parameter -= group["lr"] * parameter.grad
+
+
+def test_settings_that_hold_during_a_step_only_are_no_counters() -> None:
+    net = model()
+    step = TrainStep(net, loss, Capturable(net.parameters()))
+    made = recording(step)
+    for batch in batches(5):
+        step(batch)
+    assert step.reason == ""
+    assert "replay" in made[0].ran
+    assert not step.optimizer.param_groups[0]["capturable"]

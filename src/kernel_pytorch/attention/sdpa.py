@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernel_pytorch.attention.reference import visible
+from kernel_pytorch.attention.shaping import offset
 from kernel_pytorch.attention.types import Alignment, AttentionShape, Bound, Implementation
 from kernel_pytorch.core.types import Skip
 
@@ -53,7 +54,7 @@ def _readable(tensor: Tensor) -> Tensor:
     if tensor.dtype not in _HALF:
         return tensor
     batch, head, row, column = tensor.stride()
-    even = batch % 8 == 0 and head % 8 == 0 and row % 8 == 0 and tensor.storage_offset() % 8 == 0
+    even = batch % 8 == 0 and head % 8 == 0 and row % 8 == 0 and offset(tensor) % 8 == 0
     return tensor if even and column == 1 else tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -101,7 +102,7 @@ def _bind(
         if vectors:
             q, k, v = query.stride(), key.stride(), value.stride()
             odd = q[0] | q[1] | q[2] | k[0] | k[1] | k[2] | v[0] | v[1] | v[2]
-            odd |= query.storage_offset() | key.storage_offset() | value.storage_offset()  # type: ignore[operator]
+            odd |= offset(query) | offset(key) | offset(value)
             if odd & 7 or not (q[3] == k[3] == v[3] == 1):
                 query, key, value = _readable(query), _readable(key), _readable(value)
         return scaled_dot_product_attention(

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["additive_mask", "evenly", "every_head", "to_eighths"]
+__all__ = ["additive_mask", "evenly", "every_head", "offset", "to_eighths"]
+
+
+def offset(tensor: Tensor) -> int:
+    """Return where a tensor begins in its storage, in elements; 0 while Dynamo traces, which cannot ask for it.
+
+    Compiled code copies inputs that are not aligned by itself.
+    """
+    return 0 if torch.compiler.is_compiling() else int(tensor.storage_offset())
 
 
 def to_eighths(tensor: Tensor) -> Tensor:
@@ -21,7 +29,7 @@ def evenly(tensor: Tensor) -> Tensor:
     PyTorch's kernels load rows in vectors of eight elements; decided by strides alone, so that it can be traced.
     """
     tensor = to_eighths(tensor)
-    steps = (tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.storage_offset())
+    steps = (tensor.stride(0), tensor.stride(1), tensor.stride(2), offset(tensor))
     if tensor.stride(3) == 1 and all(step % 8 == 0 for step in steps):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

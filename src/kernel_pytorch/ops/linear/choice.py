@@ -66,11 +66,13 @@ def multiply(
         transpose_b: Whether `b` is `[columns, inner]`.
     """
     a, b = a.contiguous(), b.contiguous()
+    if any(t.data_ptr() % cublaslt.ALIGNED for t in (a, b)):
+        return product_reference(a, b, bias, transpose_a=transpose_a, transpose_b=transpose_b)
     key = (a.shape, b.shape, transpose_a, transpose_b, bias is None, a.dtype, a.device)
     known = _prepared.get(key)
     if known is None:
         known = _prepare(key, a, b, bias, transpose_a=transpose_a, transpose_b=transpose_b)
-    if known.product is None or any(t.data_ptr() % cublaslt.ALIGNED for t in (a, b)):
+    if known.product is None:
         return product_reference(a, b, bias, transpose_a=transpose_a, transpose_b=transpose_b)
     out = a.new_empty((a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1]))
     known.product.compute(known.algorithm, a, b, out, None if bias is None else bias.contiguous())
@@ -154,7 +156,7 @@ def _measure(
                 runs[algorithm.hex()] = run
         del want
         if not runs:
-            return {"algorithm": _NONE, "pytorch_ms": math.nan, "ms": math.nan, "candidates": 0}
+            return {"algorithm": _NONE, "pytorch_ms": 0.0, "ms": 0.0, "candidates": 0}
         burst = _Bursts(plain)
         first = burst.in_turns(runs, _ROUNDS)
         best = sorted(runs, key=lambda name: first[name])[:_FINALISTS]
