@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kernel_pytorch.core.types import Ratio
-from kernel_pytorch.measure.sampler import _ForeignLoad, collect, compare
+from kernel_pytorch.measure.sampler import ForeignLoad, collect, compare
 
 
 class Clockwork:
@@ -192,10 +192,10 @@ def spin(seconds: float) -> None:
 
 def test_own_work_and_that_of_children_is_not_foreign() -> None:
     # Other work on this machine comes and goes, so what is asserted is what is booked as our own.
-    before = _ForeignLoad.now()
+    before = ForeignLoad.now()
     spin(0.4)
     subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.4: pass"], check=True)
-    after = _ForeignLoad.now()
+    after = ForeignLoad.now()
     assert 0.75 <= after.own - before.own <= 2.0
     assert after.busy - before.busy >= 0.7
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -28,7 +27,7 @@ from kernel_pytorch.core.types import Candidate, Plan, Ratio, Status, Trial, Ver
 from kernel_pytorch.core.workload import Workload
 from kernel_pytorch.errors import KptError
 from kernel_pytorch.measure.isolation import unpack
-from kernel_pytorch.measure.sampler import collect
+from kernel_pytorch.measure.sampler import calls_per_sample, collect
 from kernel_pytorch.plan.apply import check_model, load_compiled
 from kernel_pytorch.plan.schema import dumps, loads, trial_dumps, trial_loads
 from kernel_pytorch.search.bench import Bench, build, prepare_bench
@@ -38,8 +37,6 @@ from kernel_pytorch.validation.regression import Judgement, Sequential, judge_pa
 
 __all__ = ["Asked", "Seen", "as_payload", "read_answer", "read_samples", "run_job", "try_plan"]
 
-_SAMPLE_MS = 5.0
-_MAX_CALLS = 1000
 _CALIBRATIONS = 3
 
 
@@ -251,8 +248,7 @@ def _sides(bench: Bench, program: Program) -> tuple[Callable[[], float], Callabl
 
 
 def _calls(bench: Bench, step: Callable[[], Any]) -> int:
-    shortest = min(bench.manager.time_ms(step) for _ in range(_CALIBRATIONS))
-    return min(_MAX_CALLS, math.ceil(_SAMPLE_MS / shortest)) if shortest > 0.0 else _MAX_CALLS
+    return calls_per_sample(min(bench.manager.time_ms(step) for _ in range(_CALIBRATIONS)))
 
 
 def _sampler(bench: Bench, timed: Mapping[str, tuple[Callable[[], Any], int]]) -> Callable[[], float]:

@@ -33,7 +33,7 @@ from kernel_pytorch.guard.environments import (
 )
 from kernel_pytorch.guard.processes import Said, SideFailed, end_tree, how_it_ended, start
 from kernel_pytorch.guard.types import SideFacts
-from kernel_pytorch.measure.sampler import _MAX_CALLS, _SAMPLE_MS, _ForeignLoad, _settled, collect
+from kernel_pytorch.measure.sampler import ForeignLoad, calls_per_sample, collect, settled
 
 __all__ = [
     "Limits",
@@ -438,18 +438,18 @@ def take_turns(
             or done(series[0][:pairs], series[1][:pairs])
         )
 
-    load = _ForeignLoad.now()
+    load = ForeignLoad.now()
     try:
         workers = [runner for runner in runners if isinstance(runner, WorkerRunner)]
         run.warm_up_calls = _warm_up(workers, began + _WARM_UP_SHARE * limits.sampling, limits)
         gc.collect()
-        load = _ForeignLoad.now()
+        load = ForeignLoad.now()
         collect(sample, min_pairs=2, max_pairs=max(2, max_pairs), confidence=0.95, late=late, seed=seed)
     except SideFailed as failure:
         run.failure = failure
     except (KeyboardInterrupt, SystemExit) as stop:
         run.interrupted, run.failure = stop, SideFailed("interrupted")
-    run.foreign_load_cores = _ForeignLoad.now().cores_since(load)
+    run.foreign_load_cores = ForeignLoad.now().cores_since(load)
     run.seconds = time.monotonic() - began
     pairs = min(map(len, series))
     run.base_ms, run.head_ms = tuple(series[0][:pairs]), tuple(series[1][:pairs])
@@ -467,11 +467,11 @@ def _warm_up(workers: Sequence[WorkerRunner], deadline: float, limits: Limits) -
     while len(times[0]) < _MAX_WARM_UP:
         for worker, seen in zip(workers, times, strict=True):
             seen.append(worker.warm_up(limits.hang))
-        if all(map(_settled, times)) or (len(times[0]) >= 2 and time.monotonic() > deadline):
+        if all(map(settled, times)) or (len(times[0]) >= 2 and time.monotonic() > deadline):
             break
     for case in workers[0].call_ms:
         shortest = min(worker.call_ms[case] for worker in workers)
-        calls = min(_MAX_CALLS, math.ceil(_SAMPLE_MS / shortest)) if shortest > 0.0 else _MAX_CALLS
+        calls = calls_per_sample(shortest)
         for worker in workers:
             worker.calls[case] = calls
             worker.call_ms[case] = shortest

@@ -23,7 +23,7 @@ from kernel_pytorch.measure.stats import paired_ratio
 if TYPE_CHECKING:
     from kernel_pytorch.core.protocols import HardwareManager
 
-__all__ = ["collect", "compare"]
+__all__ = ["ForeignLoad", "calls_per_sample", "collect", "compare", "settled"]
 
 _SAMPLE_MS = 5.0
 """A sample of a shorter function is the mean of as many calls as fill this."""
@@ -65,8 +65,13 @@ class _Series:
             return self.manager.time_ms(self.fn if self.calls == 1 else self._repeat) / self.calls
 
 
-def _settled(times: list[float]) -> bool:
-    """Return whether the last three samples no longer fall."""
+def calls_per_sample(ms: float) -> int:
+    """Return how many calls make a sample of a function that takes so long: short ones are not told by one call."""
+    return min(_MAX_CALLS, math.ceil(_SAMPLE_MS / ms)) if ms > 0.0 else _MAX_CALLS
+
+
+def settled(times: list[float]) -> bool:
+    """Return whether times of a warm-up no longer fall: the last two are not below the least before by 5 % or more."""
     if len(times) < 4:
         return False
     return min(times[-2:]) >= (1.0 - _SETTLED) * min(times[:-2])
@@ -80,24 +85,30 @@ def _warm_up(series: tuple[_Series, _Series], deadline: float) -> int:
         for one, seen in zip(series, times, strict=True):
             seen.append(one.sample())
             calls += 1
-        if all(map(_settled, times)) or (calls >= 4 and time.monotonic() > deadline):
+        if all(map(settled, times)) or (calls >= 4 and time.monotonic() > deadline):
             break
     for one, seen in zip(series, times, strict=True):
-        shortest = min(seen)
-        one.calls = min(_MAX_CALLS, math.ceil(_SAMPLE_MS / shortest)) if shortest > 0.0 else _MAX_CALLS
+        one.calls = calls_per_sample(min(seen))
     return calls
 
 
 @dataclass(slots=True)
-class _ForeignLoad:
-    """CPU time that other processes took meanwhile, in cores."""
+class ForeignLoad:
+    """CPU time taken since the machine began: two of them tell how many cores other processes kept busy meanwhile.
+
+    Attributes:
+        wall: Seconds of a clock.
+        busy: Seconds of CPU time of all processes.
+        own: Seconds of CPU time of this process and its children.
+    """
 
     wall: float = 0.0
     busy: float = 0.0
     own: float = 0.0
 
     @classmethod
-    def now(cls) -> _ForeignLoad:
+    def now(cls) -> ForeignLoad:
+        """Return what has been taken by now, by everybody and by this process with its children."""
         import psutil
 
         total = psutil.cpu_times()
@@ -112,8 +123,8 @@ class _ForeignLoad:
             own += spent.user + spent.system
         return cls(time.monotonic(), busy, own)
 
-    def cores_since(self, before: _ForeignLoad) -> float:
-        """Return the mean number of cores that others kept busy."""
+    def cores_since(self, before: ForeignLoad) -> float:
+        """Return the mean number of cores that others kept busy since then."""
         wall = max(1e-3, self.wall - before.wall)
         return max(0.0, (self.busy - before.busy) - (self.own - before.own)) / wall
 
@@ -196,7 +207,7 @@ def compare(
         warm_up = _warm_up(series, began + _WARM_UP_SHARE * max_seconds)
         gc.collect()
         manager.telemetry()  # some values count from the call before
-        load = _ForeignLoad.now()
+        load = ForeignLoad.now()
         times = collect(
             lambda i: series[i].sample(),
             min_pairs=min_pairs,
@@ -205,7 +216,7 @@ def compare(
             stop=stop,
             late=lambda: time.monotonic() - began > max_seconds,
         )
-        foreign = _ForeignLoad.now().cores_since(load)
+        foreign = ForeignLoad.now().cores_since(load)
         peaks = manager.peak_bytes(baseline), manager.peak_bytes(candidate)
         telemetry: Mapping[str, float] = {
             **manager.telemetry(),

@@ -106,7 +106,7 @@ def dependence_bound(deviations: Array, sides: tuple[Array, ...] = ()) -> float:
     if deviations.size < 8:
         return 1.0
     bound = _persistence((deviations,), margin=1.0)
-    return min(bound, _persistence(sides, margin=0.35)) if sides else bound
+    return min(bound, _persistence(sides, margin=0.35 + 3.0 / deviations.size)) if sides else bound
 
 
 def centred_ranks(values: Array) -> Array:
