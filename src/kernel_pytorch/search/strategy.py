@@ -2,10 +2,10 @@
 
 Compilation is dear and timing is cheap, so the most promising step of each group that needs no compiler is tried alone
 first. Then the first compile steps are tried on the best of those, with the steps that pay inside compiled code only
-and without those that do by hand what compilation does; then all winners together on the best so far, then one by one;
-then the other cheap steps, all compile steps on the best, the remaining winners added to the best candidate so far, and
-runners-up. A candidate whose upper bound cannot reach the smallest gain, that contains a step that was wrong alone, or
-that has been tried, is not tried.
+and without those that do by hand what compilation does, and after each all winners together on the best so far; then
+one by one; then the other cheap steps, all compile steps on the best, the remaining winners added to the best candidate
+so far, and runners-up. A candidate whose upper bound cannot reach the smallest gain, that contains a step that was
+wrong alone, or that has been tried, is not tried.
 """
 
 from __future__ import annotations
@@ -100,9 +100,11 @@ class Strategy:
         fused = {t.name for t, _ in self.proposals.steps if getattr(t, "compile_fuses", False)}
         kept = [s for s in cheap if s.transform not in fused]
         plain = [c for c in self.trials if all(s in kept for s in c.steps)]
-        yield from self._extensions(self._best(plain), dear[:2], along=inside)
-        plain = [c for c in self.trials if all(s in [*kept, *dear, *inside] for s in c.steps)]
-        yield from self._all_winners(self._best(plain), kept)
+        compiled = [c for c in self.trials if all(s in [*kept, *dear, *inside] for s in c.steps)]
+        for step in dear[:2]:
+            yield from self._extensions(self._best(plain), [step], along=inside)
+            yield from self._all_winners(self._best(compiled), kept)
+        plain = compiled
         yield from self._extensions(self._best(plain), [s for s in kept if self.gain(Candidate((s,))) > 1.0])
         yield from self._extensions(self._best(plain), dear[:1], along=inside)
         yield from (Candidate((s,)) for s in (*cheap, *inside))
