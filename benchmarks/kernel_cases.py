@@ -219,39 +219,16 @@ def layer_norm_case(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16
     )
 
 
-def _forward_launches(op: str, columns: int) -> list[Launch]:
-    """Return the launches worth comparing for rows of `columns` elements, today's first."""
-    from dataclasses import replace
-    from importlib import import_module
-
-    name = op.removeprefix("add_")
-    today = import_module(f"kernel_pytorch.ops.{name}.{name}_kernel").forward_launch(columns)
-    other = today.warps // 2 if name == "rms_norm" else today.warps * 2
-    plain = replace(today, once=False)
-    return [today, plain, replace(plain, warps=max(1, other))]
-
-
-def _backward_launches(columns: int) -> list[Launch]:
-    """Return the launches worth comparing for rows of `columns` elements, the best of the last comparison first."""
+def _launches(op: str, columns: int) -> dict[str, list[Launch]]:
+    """Return, by phase, the launches worth comparing for bfloat16 rows of `columns` elements, today's first."""
     from dataclasses import replace
 
-    from kernel_pytorch._triton.launch import Launch, next_power_of_2
+    from kernel_pytorch._triton.launch import looping_launch, tile_launch
 
-    block = next_power_of_2(columns)
-    if block > 8192:
-        first, *others = [Launch(1, 16, 1, 3), Launch(1, 32, 1, 3)]
-    elif columns == 8192:
-        first, *others = [Launch(1, 16, 1, 3), Launch(1, 8, 1, 4)]
-    elif block == 8192:
-        first, *others = [Launch(1, 8, 1, 4), Launch(1, 8, 2, 3)]
-    elif block == 4096:
-        first, *others = [Launch(1, 8, 2, 3), Launch(1, 16, 2, 3)]
-    elif block == 2048:
-        first, *others = [Launch(1, 4, 4, 4), Launch(1, 4, 4, 3)]
-    else:
-        rows = max(1, 2048 // block)
-        first, *others = [Launch(rows, 4, 4, 4), Launch(rows, 4, 4, 3)]
-    return [first, *(replace(launch, once=False) for launch in (first, *others))]
+    tile = tile_launch(columns)
+    loop = looping_launch(columns, 6 if op == "add_rms_norm" else 4, 227 << 10)
+    wider = [replace(launch, warps=2 * launch.warps) for launch in (tile, loop)]
+    return {"forward": [tile, wider[0]], "backward": [loop, wider[1], replace(loop, stages=7 - loop.stages)]}
 
 
 def _norm_tunings(op: str, columns: int) -> dict[tuple[str, str], Callable[[Inputs], Callable[[], Any]]]:
@@ -278,12 +255,12 @@ def _norm_tunings(op: str, columns: int) -> dict[tuple[str, str], Callable[[Inpu
 
         return build
 
-    for launch in _forward_launches(op, columns):
-        name = f"rows={launch.rows} warps={launch.warps}" + " once" * launch.once
-        tunings["forward", name] = calls(launch, "forward")
-    for launch in _backward_launches(columns):
-        name = f"rows={launch.rows} warps={launch.warps} per_sm={launch.per_multiprocessor} stages={launch.stages}"
-        tunings["backward", name + " once" * launch.once] = calls(launch, "backward")
+    for phase, launches in _launches(op, columns).items():
+        for launch in launches:
+            name = f"rows={launch.rows} warps={launch.warps}"
+            if phase == "backward":
+                name += f" per_sm={launch.per_multiprocessor} stages={launch.stages}"
+            tunings[phase, name] = calls(launch, phase)
     return tunings
 
 

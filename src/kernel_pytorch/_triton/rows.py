@@ -11,10 +11,10 @@ __all__ = ["keep", "load_rows"]
 
 
 @triton.jit
-def load_rows(x, row, stride, column, rows, COLUMNS: tl.constexpr, POLICY: tl.constexpr):
-    """Return rows `row` of a matrix as a tile, zero outside of it; `POLICY` says how the caches treat it."""
+def load_rows(x, row, stride, column, rows, COLUMNS: tl.constexpr):
+    """Return rows `row` of a matrix as a tile, zero outside of it."""
     mask = (row < rows)[:, None] & (column < COLUMNS)[None, :]
-    return tl.load(x + row[:, None] * stride + column[None, :], mask=mask, other=0.0, eviction_policy=POLICY)
+    return tl.load(x + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit

@@ -41,8 +41,8 @@ def gated_mlp_forward_kernel(
     row = (program // blocks).to(tl.int64)
     column = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = column < columns
-    x = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    u = tl.load(up + row * up_stride + column, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    x = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
     if ACTIVATION == "silu":
         share = tl.sigmoid(x)
     elif ACTIVATION == "gelu_tanh":
@@ -71,9 +71,9 @@ def gated_mlp_backward_kernel(
     row = (program // blocks).to(tl.int64)
     column = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = column < columns
-    g = tl.load(grad + row * grad_stride + column, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    x = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    u = tl.load(up + row * up_stride + column, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    g = tl.load(grad + row * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
     if ACTIVATION == "silu":
         share = tl.sigmoid(x)
         slope = share * (1.0 + x * (1.0 - share))

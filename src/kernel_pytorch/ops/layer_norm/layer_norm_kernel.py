@@ -32,7 +32,7 @@ from kernel_pytorch._triton.launch import (
 from kernel_pytorch._triton.rows import keep, load_rows
 from kernel_pytorch._triton.targets import CompileCase
 
-__all__ = ["COMPILE_CASES", "backward", "backward_launch", "forward", "forward_launch"]
+__all__ = ["COMPILE_CASES", "backward", "backward_launch", "forward"]
 
 _MOST_ACCUMULATED = 8192
 """Longest row (padded) whose sums for the gradients are kept in registers; above it, in memory (in L2)."""
@@ -55,16 +55,15 @@ def layer_norm_forward_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    POLICY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = column < COLUMNS
     mask = (row < rows)[:, None] & inside[None, :]
     out = row[:, None] * COLUMNS + column[None, :]
-    value = load_rows(x, row, x_stride, column, rows, COLUMNS, POLICY)
+    value = load_rows(x, row, x_stride, column, rows, COLUMNS)
     if residual is not None:
-        added = load_rows(residual, row, residual_stride, column, rows, COLUMNS, POLICY)
+        added = load_rows(residual, row, residual_stride, column, rows, COLUMNS)
         value = (value.to(tl.float32) + added.to(tl.float32)).to(h.dtype.element_ty)
         tl.store(h + out, value, mask=mask)
     exact = keep(value.to(tl.float32), column, COLUMNS, BLOCK)
@@ -102,7 +101,6 @@ def layer_norm_backward_kernel(
     BLOCK: tl.constexpr,
     IN_MEMORY: tl.constexpr,
     STAGES: tl.constexpr,
-    POLICY: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
     # Prefetching would read the sums held in memory before the row before it is added.
@@ -117,12 +115,12 @@ def layer_norm_backward_kernel(
     bias_total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
-        grad = load_rows(dy, row, dy_stride, column, rows, COLUMNS, POLICY)
-        value = load_rows(h, row, h_stride, column, rows, COLUMNS, POLICY)
+        grad = load_rows(dy, row, dy_stride, column, rows, COLUMNS)
+        value = load_rows(h, row, h_stride, column, rows, COLUMNS)
         average = tl.load(mean + row, mask=row < rows, other=0.0)
         reciprocal = tl.load(rstd + row, mask=row < rows, other=0.0)
         if dh is not None:
-            added = load_rows(dh, row, dh_stride, column, rows, COLUMNS, POLICY)
+            added = load_rows(dh, row, dh_stride, column, rows, COLUMNS)
         grad = keep(grad.to(tl.float32), column, COLUMNS, BLOCK)
         normalised = (value.to(tl.float32) - average[:, None]) * reciprocal[:, None]
         normalised = keep(normalised, column, COLUMNS, BLOCK)
@@ -152,15 +150,6 @@ def layer_norm_backward_kernel(
             tl.store(bias_partials + share, tl.sum(bias_total, axis=0), mask=inside)
 
 
-def forward_launch(columns: int) -> Launch:
-    """Return the launch for rows of `columns` elements: half the warps of RMSNorm, which exchange two sums in turn.
-
-    H200, bfloat16, ms: 16384x4096, 4 warps 0.0729, 8 0.0756; 8192x8192, 8 warps 0.0770, 16 0.0800.
-    """
-    tile = tile_launch(columns)
-    return dataclasses.replace(tile, warps=max(4, tile.warps // 2))
-
-
 def backward_launch(columns: int, bytes_per_column: int, shared: int) -> Launch:
     """Return the launch for rows of `columns` elements; arguments as `looping_launch`."""
     launch = looping_launch(columns, bytes_per_column, shared)
@@ -184,7 +173,7 @@ def forward(
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     if rows == 0:
         return y, h, mean, rstd
-    launch = launch or forward_launch(columns)
+    launch = launch or tile_launch(columns)
     added = None if residual is None else as_rows(residual)
     with on_device_of(x):
         layer_norm_forward_kernel[(triton.cdiv(rows, launch.rows),)](
@@ -203,7 +192,6 @@ def forward(
             COLUMNS=columns,
             ROWS=launch.rows,
             BLOCK=next_power_of_2(columns),
-            POLICY=launch.policy,
             num_warps=launch.warps,
             enable_fp_fusion=True,
         )
@@ -257,7 +245,6 @@ def backward(
             BLOCK=block,
             IN_MEMORY=in_memory,
             STAGES=launch.stages,
-            POLICY=launch.policy,
             OVERLAPPED=overlapped,
             num_warps=launch.warps,
             enable_fp_fusion=True,
@@ -268,7 +255,7 @@ def backward(
 
 
 def _forward_case(kind: str, columns: int, *, residual: bool, label: str) -> CompileCase:
-    launch = forward_launch(columns)
+    launch = tile_launch(columns)
     pointers = dict.fromkeys(("x", "weight", "bias", "y"), f"*{kind}") | {"mean": "*fp32", "rstd": "*fp32"}
     pointers |= dict.fromkeys(("residual", "h"), f"*{kind}") if residual else {}
     scalars = dict.fromkeys(("x_stride", "residual_stride", "rows"), "i32") | {"eps": "fp32"}
@@ -276,7 +263,6 @@ def _forward_case(kind: str, columns: int, *, residual: bool, label: str) -> Com
         "COLUMNS": columns,
         "ROWS": launch.rows,
         "BLOCK": next_power_of_2(columns),
-        "POLICY": launch.policy,
     }
     constants |= {} if residual else {"residual": None, "h": None}
     return CompileCase(layer_norm_forward_kernel, pointers | scalars, constants, launch.warps, label=label)
@@ -296,7 +282,6 @@ def _backward_case(kind: str, columns: int, *, residual: bool, label: str) -> Co
         "BLOCK": block,
         "IN_MEMORY": block > _MOST_ACCUMULATED,
         "STAGES": launch.stages,
-        "POLICY": launch.policy,
         "OVERLAPPED": False,
     }
     constants |= {} if residual else {"dh": None}

@@ -32,7 +32,7 @@ from kernel_pytorch._triton.launch import (
 from kernel_pytorch._triton.rows import keep, load_rows
 from kernel_pytorch._triton.targets import CompileCase
 
-__all__ = ["COMPILE_CASES", "backward", "backward_launch", "forward", "forward_launch"]
+__all__ = ["COMPILE_CASES", "backward", "backward_launch", "forward"]
 
 _MOST_ACCUMULATED = 16384
 """Longest row (padded) whose sum for the weight's gradient is kept in registers; above it, in memory (in L2)."""
@@ -55,17 +55,16 @@ def rms_norm_forward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROUND_BEFORE_WEIGHT: tl.constexpr,
-    POLICY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = column < COLUMNS
     mask = (row < rows)[:, None] & inside[None, :]
     out = row[:, None] * COLUMNS + column[None, :]
-    value = load_rows(x, row, x_stride, column, rows, COLUMNS, POLICY)
+    value = load_rows(x, row, x_stride, column, rows, COLUMNS)
     scale = tl.load(weight + column, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
     if residual is not None:
-        added = load_rows(residual, row, residual_stride, column, rows, COLUMNS, POLICY)
+        added = load_rows(residual, row, residual_stride, column, rows, COLUMNS)
         value = (value.to(tl.float32) + added.to(tl.float32)).to(h.dtype.element_ty)
         tl.store(h + out, value, mask=mask)
     exact = keep(value.to(tl.float32), column, COLUMNS, BLOCK)
@@ -96,7 +95,6 @@ def rms_norm_backward_kernel(
     BLOCK: tl.constexpr,
     IN_MEMORY: tl.constexpr,
     STAGES: tl.constexpr,
-    POLICY: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
     # Prefetching would read the sum held in memory before the row before it is added.
@@ -111,11 +109,11 @@ def rms_norm_backward_kernel(
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
-        grad = load_rows(dy, row, dy_stride, column, rows, COLUMNS, POLICY)
-        value = load_rows(h, row, h_stride, column, rows, COLUMNS, POLICY)
+        grad = load_rows(dy, row, dy_stride, column, rows, COLUMNS)
+        value = load_rows(h, row, h_stride, column, rows, COLUMNS)
         reciprocal = tl.load(rstd + row, mask=row < rows, other=0.0)
         if dh is not None:
-            added = load_rows(dh, row, dh_stride, column, rows, COLUMNS, POLICY)
+            added = load_rows(dh, row, dh_stride, column, rows, COLUMNS)
         grad = keep(grad.to(tl.float32), column, COLUMNS, BLOCK)
         normalised = keep(value.to(tl.float32) * reciprocal[:, None], column, COLUMNS, BLOCK)
         scaled = grad * scale[None, :]
@@ -133,11 +131,6 @@ def rms_norm_backward_kernel(
             total += grad * normalised
     if not IN_MEMORY:
         tl.store(share, tl.sum(total, axis=0), mask=inside)
-
-
-def forward_launch(columns: int) -> Launch:
-    """Return the launch for rows of `columns` elements."""
-    return tile_launch(columns)
 
 
 def backward_launch(columns: int, bytes_per_column: int, shared: int) -> Launch:
@@ -165,7 +158,7 @@ def forward(
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows == 0:
         return y, h, rstd
-    launch = launch or forward_launch(columns)
+    launch = launch or tile_launch(columns)
     added = None if residual is None else as_rows(residual)
     with on_device_of(x):
         rms_norm_forward_kernel[(triton.cdiv(rows, launch.rows),)](
@@ -184,7 +177,6 @@ def forward(
             ROWS=launch.rows,
             BLOCK=next_power_of_2(columns),
             ROUND_BEFORE_WEIGHT=round_before_weight,
-            POLICY=launch.policy,
             num_warps=launch.warps,
             enable_fp_fusion=True,
         )
@@ -235,7 +227,6 @@ def backward(
             BLOCK=block,
             IN_MEMORY=in_memory,
             STAGES=launch.stages,
-            POLICY=launch.policy,
             OVERLAPPED=overlapped,
             num_warps=launch.warps,
             enable_fp_fusion=True,
@@ -245,7 +236,7 @@ def backward(
 
 
 def _forward_case(kind: str, columns: int, *, residual: bool, label: str) -> CompileCase:
-    launch = forward_launch(columns)
+    launch = tile_launch(columns)
     pointers = dict.fromkeys(("x", "weight", "y"), f"*{kind}") | {"rstd": "*fp32"}
     pointers |= {"residual": f"*{kind}", "h": f"*{kind}"} if residual else {}
     scalars = dict.fromkeys(("x_stride", "residual_stride", "rows"), "i32")
@@ -255,7 +246,6 @@ def _forward_case(kind: str, columns: int, *, residual: bool, label: str) -> Com
         "ROWS": launch.rows,
         "BLOCK": next_power_of_2(columns),
         "ROUND_BEFORE_WEIGHT": residual,
-        "POLICY": launch.policy,
     }
     constants |= {} if residual else {"residual": None, "h": None}
     return CompileCase(rms_norm_forward_kernel, pointers | scalars, constants, launch.warps, label=label)
@@ -275,7 +265,6 @@ def _backward_case(kind: str, columns: int, *, residual: bool, label: str) -> Co
         "BLOCK": block,
         "IN_MEMORY": block > _MOST_ACCUMULATED,
         "STAGES": launch.stages,
-        "POLICY": launch.policy,
         "OVERLAPPED": False,
     }
     constants |= {} if residual else {"dh": None}

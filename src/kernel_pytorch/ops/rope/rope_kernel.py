@@ -26,15 +26,13 @@ def _load_pairs(x, stride, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr,
     if INTERLEAVED:
         column = tl.arange(0, 2 * HALF)
         mask = (head < heads)[:, None] & (column < 2 * half)[None, :]
-        both = tl.load(row + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        both = tl.load(row + column[None, :], mask=mask, other=0.0).to(tl.float32)
         first, second = tl.split(tl.reshape(both, [HEADS, HALF, 2]))
     else:
         column = tl.arange(0, HALF)
         mask = (head < heads)[:, None] & (column < half)[None, :]
-        first = tl.load(row + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        second = tl.load(row + half + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(
-            tl.float32
-        )
+        first = tl.load(row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(row + half + column[None, :], mask=mask, other=0.0).to(tl.float32)
     return first, second
 
 
