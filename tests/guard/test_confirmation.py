@@ -34,7 +34,7 @@ def test_what_fresh_processes_show_again_stands(ratio: float) -> None:
 def test_what_fresh_processes_do_not_show_is_taken_back(ratio: float) -> None:
     seen = _confirmed(found(), run(1.06, seed=99), run(ratio), 0.03)
     assert seen.verdict is Verdict.INCONCLUSIVE
-    assert "+6.0%" in seen.reason
+    assert "+6.0 %" in seen.reason
     assert "in another" in seen.reason
     assert seen.notes == ["a note"]
 
@@ -65,7 +65,7 @@ def test_a_failure_or_too_few_samples_confirm_nothing() -> None:
         seen = _confirmed(found(), run(1.06), again, 0.03)
         assert seen.verdict is Verdict.INCONCLUSIVE
         assert why in seen.reason
-        assert "+6.0%" in seen.reason
+        assert "+6.0 %" in seen.reason
     assert any("last words" in note for note in _confirmed(found(), run(1.06), failed, 0.03).notes)
 
 

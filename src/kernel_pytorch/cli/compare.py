@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,8 +16,6 @@ from kernel_pytorch.core.types import Verdict
 from kernel_pytorch.errors import KptError
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from kernel_pytorch.core.types import Event
     from kernel_pytorch.guard.side_by_side import Side
     from kernel_pytorch.guard.types import Comparison
@@ -123,13 +119,15 @@ def compare(
     if asked.series:
         found = _series(asked, max_slowdown=max_slowdown, name=name, command=again)
     else:
+        from kernel_pytorch.guard.compare import InterruptedComparison
+
         with quiet_stdout(), _telling() as listen:
             run = _Runs(asked, max_slowdown, budget, name, again, listen)
             try:
                 found = [run.once()]
                 if asked.bisect:
                     found = [run.bisected(found[0], history)]
-            except _Interrupted as stop:
+            except InterruptedComparison as stop:
                 keep([*found, stop.comparison], history)
                 raise
             except BaseException:  # the walk takes longer than the comparison, which is not lost
@@ -156,41 +154,6 @@ def _series(asked: _Asked, *, max_slowdown: float, name: str, command: str) -> l
             )
         return list(compare_results(*files, max_slowdown=max_slowdown, command=command))
     return [compare_series(*files, paired=asked.paired, max_slowdown=max_slowdown, name=name, command=command)]
-
-
-class _Interrupted(KeyboardInterrupt):
-    """Ctrl-C while two sides took turns; `comparison` has what was sampled until then."""
-
-    def __init__(self, comparison: Comparison) -> None:
-        super().__init__()
-        self.comparison = comparison
-
-
-@contextmanager
-def _interruptions() -> Iterator[list[int]]:
-    """Let the first Ctrl-C end the sampling as the failure of a side does, which keeps what was sampled.
-
-    Yields a list that is not empty afterwards if there was one. A second Ctrl-C ends everything at once.
-    """
-    from kernel_pytorch.guard.processes import SideFailed
-
-    pressed: list[int] = []
-
-    def once(number: int, _: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
-        pressed.append(number)
-        raise SideFailed("interrupted")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-    before = signal.signal(signal.SIGINT, once)
-    try:
-        yield pressed
-    except SideFailed as failure:  # between two runs, where nothing is sampled
-        raise KeyboardInterrupt from failure
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _holds_results(path: Path) -> bool:
@@ -262,7 +225,9 @@ class _Runs:
             f"bisect: {step.commit}: {step.verdict}" + (f" ({step.reason})" if step.reason else "")
             for step in walked.steps
         )
-        return replace(found, culprits=(walked.culprit, *found.culprits), notes=(*found.notes, *steps))
+        known = walked.first_bad is not None
+        others = tuple(one for one in found.culprits if not (known and one.kind == "revision"))
+        return replace(found, culprits=(walked.culprit, *others), notes=(*found.notes, *steps))
 
     def _plain_sides(self) -> tuple[Side, Side]:
         from kernel_pytorch.guard.side_by_side import Side
@@ -301,21 +266,17 @@ class _Runs:
     def _sides(self, base: Side, head: Side, *, profile: bool = True) -> Comparison:
         from kernel_pytorch.guard.compare import compare_sides
 
-        with _interruptions() as pressed:
-            found = compare_sides(
-                base,
-                head,
-                max_slowdown=self.max_slowdown,
-                max_seconds=self.budget_s,
-                name=self.name or self._name(),
-                profile=profile,
-                same_model=not self.asked.other_model,
-                listen=self.listen,
-                command=self.command,
-            )
-        if pressed:
-            raise _Interrupted(found)
-        return found
+        return compare_sides(
+            base,
+            head,
+            max_slowdown=self.max_slowdown,
+            max_seconds=self.budget_s,
+            name=self.name or self._name(),
+            profile=profile,
+            same_model=not self.asked.other_model,
+            listen=self.listen,
+            command=self.command,
+        )
 
     def _name(self) -> str:
         """Return what is compared: a file's directory differs from machine to machine, and a history lasts."""

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from kernel_pytorch.core.types import Event, Listener, Verdict
 from kernel_pytorch.errors import KptError
-from kernel_pytorch.guard.commits import Commit, git, list_commits, read_commit
-from kernel_pytorch.guard.revisions import commit_of, top_level
+from kernel_pytorch.guard.commits import Commit, list_commits, read_commit
+from kernel_pytorch.guard.revisions import commit_of, git, top_level
 from kernel_pytorch.guard.types import Culprit
 
 __all__ = ["Bisection", "Judged", "bisect"]

@@ -7,6 +7,7 @@ two processes are missing, so what both functions share (caches, the allocator, 
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import platform
 import sys
 import time
@@ -130,12 +131,13 @@ def _explained(
 ) -> Comparison:
     """Return a slowdown with the profiles of both sides and what they say about its cause."""
     from kernel_pytorch.guard.culprit import find_culprits
-    from kernel_pytorch.guard.profile import kernels_ms
+    from kernel_pytorch.guard.kernel_names import condensed
+    from kernel_pytorch.guard.profile import kernels_ms, profile_in_turns
 
-    old, new = (dict(kernels_ms(fn, manager)) for fn in (base, head))
+    old, new = profile_in_turns(*(functools.partial(kernels_ms, fn, manager) for fn in (base, head)))
     comparison = replace(
         comparison,
-        base=replace(comparison.base, kernels_ms=old),
-        head=replace(comparison.head, kernels_ms=new),
+        base=replace(comparison.base, kernels_ms=condensed(old)),
+        head=replace(comparison.head, kernels_ms=condensed(new)),
     )
     return replace(comparison, culprits=find_culprits(comparison))

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from kernel_pytorch.errors import KptError
-from kernel_pytorch.guard.revisions import commit_of
+from kernel_pytorch.guard.revisions import commit_of, git
 
-__all__ = ["Commit", "commits_between", "git", "list_commits", "read_commit", "relevance"]
+__all__ = ["Commit", "commits_between", "list_commits", "read_commit", "relevance"]
 
 _MOST_READ = 200
-_MOST_BYTES = 400_000
-_SECONDS = 120
+_MOST_CHARACTERS = 400_000
 _FORMAT = "%H%x1f%an%x1f%as%x1f%s"
 
 _WORDS = {
@@ -69,33 +65,6 @@ class Commit:
 
     def __str__(self) -> str:
         return f"{self.revision[:10]} {self.author}, {self.date}: {self.subject}"
-
-
-def git(repo: Path, *arguments: str, most_bytes: int | None = None) -> str:
-    """Return what git says in a repository.
-
-    Args:
-        repo: A directory in it.
-        arguments: Of git.
-        most_bytes: What is longer is cut there.
-
-    Raises:
-        KptError: git is not installed, the directory is in no repository, or git refuses; with what it says.
-    """
-    # Inside a git hook these name the repository of the hook, whatever directory git is told to work in.
-    env = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")}
-    command = ["git", "-C", str(repo), "-c", "core.quotePath=off", "-c", "color.ui=off", *arguments]
-    env |= {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
-    try:
-        done = subprocess.run(command, capture_output=True, env=env, timeout=_SECONDS, check=False)
-    except FileNotFoundError as error:
-        raise KptError(f"git could not be run in {repo}: {error.strerror}", fix="install git") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KptError(f"git could not be run in {repo}: {error}") from error
-    if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip() or f"exit status {done.returncode}"
-        raise KptError(f"git {arguments[0]} in {repo}: {said}")
-    return done.stdout[:most_bytes].decode(errors="replace")
 
 
 def read_commit(repo: Path, revision: str) -> Commit:
@@ -156,8 +125,7 @@ def relevance(repo: Path, commit: Commit, shares: Mapping[str, float], names: Se
         commit.revision,
         "--",
         *paths[:100],
-        most_bytes=_MOST_BYTES,
-    )
+    )[:_MOST_CHARACTERS]
     lines = "\n".join(line[1:] for line in changed.splitlines() if re.match(r"[+-](?![+-]{2})", line))
     total = 0.1 if any(PurePosixPath(path).suffix in _CODE for path in paths) else 0.02
     told = "\n".join(paths)

@@ -17,7 +17,9 @@ from kernel_pytorch.core.types import Event, Listener, Ratio, Verdict
 from kernel_pytorch.errors import KptError
 from kernel_pytorch.guard.commands import CommandRunner
 from kernel_pytorch.guard.culprit import find_culprits
+from kernel_pytorch.guard.kernel_names import condensed
 from kernel_pytorch.guard.processes import SideFailed, terminable
+from kernel_pytorch.guard.profile import profile_in_turns
 from kernel_pytorch.guard.revisions import provenance
 from kernel_pytorch.guard.series import SeriesError, check_series, read_series
 from kernel_pytorch.guard.side_by_side import Limits, Run, Side, SideError, WorkerRunner, check_same, take_turns
@@ -37,7 +39,7 @@ class InterruptedComparison(KeyboardInterrupt):
     """Ctrl-C, or SIGTERM, while samples were taken.
 
     Attributes:
-        comparison: What was sampled until then; INCONCLUSIVE.
+        comparison: What was sampled until then; INCONCLUSIVE, unless the verdict had been reached.
     """
 
     def __init__(self, comparison: Comparison) -> None:
@@ -85,7 +87,7 @@ def compare_sides(
     Raises:
         KptError: What a caller can mend: a target, a plan or an environment that is refused (`SideError`,
             `EnvironmentUnusableError`), sides that are not the same work (`NotComparableError`), bad arguments.
-        InterruptedComparison: Ctrl-C while samples were taken, with what there is of them.
+        InterruptedComparison: Ctrl-C after samples were taken, with what there is of them.
     """
     began = time.monotonic()
     _check(base, head, max_slowdown, max_seconds, max_pairs)
@@ -100,9 +102,8 @@ def compare_sides(
                     run = take_turns(*runners, done=decision.reached, limits=limits, max_pairs=max_pairs, seed=seed)
             found = _outcome(run, decision)
             fresh = confirm and found.verdict is Verdict.FAIL and base.command is None
-            if not fresh:
-                facts = [_facts(one, run, found, profile=profile) for one in runners]
-        if fresh:
+            facts = _facts(runners, run, found, profile=profile and not fresh)
+        if fresh and run.interrupted is None:
             say("slower: sampling again in fresh processes")
             pairs = max(_FEWEST_FRESH, len(run.base_ms))
             limits = replace(limits, sampling=max(max_seconds - run.seconds, run.seconds))
@@ -113,7 +114,8 @@ def compare_sides(
                         again = take_turns(*runners, done=_never, limits=limits, max_pairs=pairs, seed=seed + 1)
                 found = _confirmed(found, run, again, max_slowdown)
                 run = _joined(run, again)
-                facts = [_facts(one, run, found, profile=profile) for one in runners]
+                if again.failure is None:
+                    facts = _facts(runners, run, found, profile=profile)
     comparison = Comparison(
         kind="compare",
         name=name or _what(head),
@@ -133,6 +135,8 @@ def compare_sides(
         seconds=time.monotonic() - began,
     )
     if run.interrupted is not None:
+        if not run.head_ms:
+            raise run.interrupted
         raise InterruptedComparison(comparison) from run.interrupted
     repository = head.avoid or head.directory
     return replace(comparison, culprits=find_culprits(comparison, repo=repository)) if profile else comparison
@@ -218,10 +222,12 @@ def _load(
     """Load both sides, one after the other: each may choose kernels by measurement, undisturbed by the other."""
     try:
         for runner in runners:
-            say(f"{runner.side.label}: loading {_what(runner.side)}")
+            say(f"{runner.side.label}: loading {_shown(runner.side)}")
             runner.load(limits)
     except SideFailed as failure:
         return Run(failure=failure)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        return Run(failure=SideFailed("interrupted"), interrupted=stop)
     workers = [runner for runner in runners if isinstance(runner, WorkerRunner)]
     if same_model and workers:
         check_same(*workers)
@@ -254,6 +260,14 @@ def _now() -> str:
 
 def _what(side: Side) -> str:
     return side.target or " ".join(side.command or ())
+
+
+def _shown(side: Side) -> str:
+    """Return what a side runs, without the path of a worktree that will soon be gone."""
+    what = _what(side)
+    if side.avoid is None or not side.revision:
+        return what
+    return f"{what.removeprefix(f'{side.directory}/')} of {side.revision[:10]}"
 
 
 def _speaker(listen: Listener | None, began: float, budget_s: float) -> Callable[[str], None]:
@@ -317,14 +331,14 @@ def _confirmed(found: _Found, run: Run, again: Run, max_slowdown: float) -> _Fou
     slowdown at all, or both together what the first has shown.
     """
     assert found.change is not None
-    seen = f"{found.change.value - 1.0:+.1%}"
+    seen = f"{100.0 * (found.change.value - 1.0):+.1f} %"
     if again.failure is not None or len(again.base_ms) < _FEWEST_FRESH // 2:
         why = again.failure.reason if again.failure is not None else "time was up"
         reason = f"the head was slower ({seen}), which fresh processes could not confirm: {why}"
         notes = _told(again.failure, len(again.head_ms)) if again.failure is not None else []
         return _Found(Verdict.INCONCLUSIVE, reason, found.change, [*found.notes, *notes])
     fresh = paired_ratio(again.head_ms, again.base_ms, confidence=_CONFIRM_CONFIDENCE)
-    told = f"{fresh.value - 1.0:+.1%} in fresh processes"
+    told = f"{100.0 * (fresh.value - 1.0):+.1f} % in fresh processes"
     both = _joined(run, again)
     if fresh.value >= 1.0 + max_slowdown / 3.0 and (
         fresh.low > 1.0 or judge_pairs(both.base_ms, both.head_ms, max_slowdown=max_slowdown).verdict is Verdict.FAIL
@@ -348,20 +362,42 @@ def _joined(run: Run, again: Run) -> Run:
     )
 
 
-def _facts(runner: WorkerRunner | CommandRunner, run: Run, found: _Found, *, profile: bool) -> SideFacts:
-    """Return a side's facts; one that fails while it is asked for the last of them is told of in the notes."""
-    facts = runner.facts()
-    if run.failure is None and isinstance(runner, WorkerRunner):
-        try:
-            facts = replace(facts, peak_bytes=runner.peak_bytes())
-            if profile and found.verdict is Verdict.FAIL:
-                facts = replace(facts, kernels_ms=runner.kernels_ms())
-        except (SideFailed, SideError) as error:
-            found.notes.append(f"not all is known of it: {error}")
-    if run.head_ms:
-        load = {"foreign_load_cores": run.foreign_load_cores, "warm_up_calls": float(run.warm_up_calls)}
-        facts = replace(facts, telemetry={**facts.telemetry, **load})
-    return _with_provenance(facts, runner)
+def _facts(
+    runners: Sequence[WorkerRunner | CommandRunner], run: Run, found: _Found, *, profile: bool
+) -> list[SideFacts]:
+    """Return the facts of both sides; what fails while the last of them are asked for is told of in the notes."""
+    peaks: dict[str, int | None] = {}
+    profiles: list[dict[str, float]] = [{}, {}]
+    workers = [one for one in runners if isinstance(one, WorkerRunner)] if run.failure is None else []
+    try:
+        for one in workers:
+            one.count()
+            peaks[one.side.label] = one.peak_bytes()
+        if profile and workers and found.verdict is Verdict.FAIL:
+            profiles = [condensed(seen) for seen in profile_in_turns(*(one.kernels_ms for one in workers))]
+    except (SideFailed, SideError) as error:
+        found.notes.append(f"not all is known of it: {error}")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        run.interrupted = stop
+    return [
+        _with_provenance(
+            replace(
+                facts := one.facts(),
+                peak_bytes=peaks.get(one.side.label),
+                kernels_ms=kernels_ms,
+                telemetry={**_surroundings(run), **facts.telemetry},
+            ),
+            one,
+        )
+        for one, kernels_ms in zip(runners, profiles, strict=True)
+    ]
+
+
+def _surroundings(run: Run) -> dict[str, float]:
+    """Return what is known of both sides together."""
+    if not run.head_ms:
+        return {}
+    return {"foreign_load_cores": run.foreign_load_cores, "warm_up_calls": float(run.warm_up_calls)}
 
 
 def _with_provenance(facts: SideFacts, runner: WorkerRunner | CommandRunner) -> SideFacts:

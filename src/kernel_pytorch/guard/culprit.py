@@ -14,8 +14,9 @@ from pathlib import Path
 from kernel_pytorch.core.types import Verdict
 from kernel_pytorch.errors import KptError
 from kernel_pytorch.guard.circumstances import Slowdown, Suspect, circumstances
-from kernel_pytorch.guard.commits import Commit, commits_between, git, relevance
+from kernel_pytorch.guard.commits import Commit, commits_between, relevance
 from kernel_pytorch.guard.kernel_moves import Move, Moves, compare_profiles
+from kernel_pytorch.guard.revisions import git
 from kernel_pytorch.guard.types import Comparison, Culprit, SideFacts
 from kernel_pytorch.guard.versions import software_suspects
 

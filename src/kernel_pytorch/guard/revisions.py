@@ -30,14 +30,17 @@ __all__ = [
     "RevisionError",
     "checked_out",
     "commit_of",
+    "git",
     "provenance",
     "revision_sides",
+    "run_git",
     "side_at",
     "top_level",
 ]
 
 _PREFIX = "kpt-worktree-"
 _LIMIT_S = 300.0
+_OPTIONS = ("-c", f"core.hooksPath={os.devnull}", "-c", "core.quotePath=off", "-c", "color.ui=off")
 _OURS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY")
 """What git sets for a hook it runs, and what would send our commands to the wrong place."""
 
@@ -65,12 +68,17 @@ class Checkout:
     dirty: bool = False
 
 
-def _git(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_git(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run git in a directory, in no hook's repository and without the user's own hooks, and return what came of it.
+
+    Raises:
+        RevisionError: There is no git or no such directory, or it does not end.
+    """
     environment = {k: v for k, v in os.environ.items() if k not in _OURS}
-    environment |= {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
+    environment |= {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"}
     try:
         return subprocess.run(
-            ["git", "-c", f"core.hooksPath={os.devnull}", *arguments],  # noqa: S607  the user's git, from the PATH
+            ["git", *_OPTIONS, *arguments],  # noqa: S607  the user's git, from the PATH
             cwd=directory,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -88,13 +96,17 @@ def _git(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         raise RevisionError(f"git {arguments[0]} took more than {_LIMIT_S:.0f} s in {directory}") from error
 
 
-def _asked(directory: Path, *arguments: str) -> str:
-    """Return what git prints, or raise what it says."""
-    done = _git(directory, *arguments)
+def git(directory: Path, *arguments: str) -> str:
+    """Return what git prints.
+
+    Raises:
+        RevisionError: As `run_git`; or git refuses, with what it says.
+    """
+    done = run_git(directory, *arguments)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RevisionError(f"git {' '.join(arguments[:2])}: {said.removeprefix('fatal: ')}")
-    return done.stdout.strip()
+        said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise RevisionError(f"git {' '.join(arguments[:2])} in {directory}: {said.removeprefix('fatal: ')}")
+    return done.stdout.strip("\n")
 
 
 def top_level(directory: Path | None = None) -> Path:
@@ -104,7 +116,7 @@ def top_level(directory: Path | None = None) -> Path:
         RevisionError: It is in none.
     """
     where = (directory or Path.cwd()).resolve()
-    done = _git(where, "rev-parse", "--show-toplevel")
+    done = run_git(where, "rev-parse", "--show-toplevel")
     if done.returncode or not done.stdout.strip():
         raise RevisionError(
             f"{where} is in no git checkout", fix="run it inside the repository whose revisions you name"
@@ -119,15 +131,15 @@ def commit_of(revision: str, repository: Path) -> str:
         RevisionError: There is none of that name; with near names, and how to fetch it where the clone is shallow.
     """
     if revision.strip() and not revision.startswith("-"):
-        done = _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+        done = run_git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
         if not done.returncode and done.stdout.strip():
             return done.stdout.strip().splitlines()[-1]
-    names = _git(repository, "for-each-ref", "--format=%(refname:short)").stdout.split()
+    names = run_git(repository, "for-each-ref", "--format=%(refname:short)").stdout.split()
     near = difflib.get_close_matches(revision, [n for n in names if n], n=3, cutoff=0.6)
     message = f"unknown revision {revision!r} in {repository}"
     if near:
         message += f"; did you mean {' or '.join(map(repr, near))}?"
-    shallow = _git(repository, "rev-parse", "--is-shallow-repository").stdout.strip() == "true"
+    shallow = run_git(repository, "rev-parse", "--is-shallow-repository").stdout.strip() == "true"
     fix = (
         "git fetch --unshallow (in GitHub Actions: actions/checkout with fetch-depth: 0)"
         if shallow
@@ -138,7 +150,7 @@ def commit_of(revision: str, repository: Path) -> str:
 
 def changes(repository: Path) -> list[str]:
     """Return the tracked files that differ from the checked-out commit, those of submodules among them."""
-    done = _git(repository, "status", "--porcelain", "--untracked-files=no")
+    done = run_git(repository, "status", "--porcelain", "--untracked-files=no")
     return [line[3:] for line in done.stdout.splitlines() if line.strip()]
 
 
@@ -149,8 +161,8 @@ def provenance(path: Path) -> tuple[str, bool]:
     """
     directory = path if path.is_dir() else path.parent
     try:
-        tracked = _git(directory, "ls-files", "--error-unmatch", str(path.resolve()))
-        head = _git(directory, "rev-parse", "--verify", "--quiet", "HEAD")
+        tracked = run_git(directory, "ls-files", "--error-unmatch", str(path.resolve()))
+        head = run_git(directory, "rev-parse", "--verify", "--quiet", "HEAD")
         if tracked.returncode or head.returncode:
             return "", False
         return head.stdout.strip(), bool(changes(directory))
@@ -176,7 +188,7 @@ def checked_out(
     """
     root = top_level(repository)
     commits = [commit_of(name, root) for name in (base, head)]
-    dirty = changes(root) if commits[1] == _git(root, "rev-parse", "HEAD").stdout.strip() else []
+    dirty = changes(root) if commits[1] == run_git(root, "rev-parse", "HEAD").stdout.strip() else []
     if dirty and not allow_dirty:
         shown = ", ".join(dirty[:3]) + (f" and {len(dirty) - 3} more" if len(dirty) > 3 else "")
         raise RevisionError(
@@ -194,21 +206,21 @@ def checked_out(
                 continue
             path = scratch / label
             stack.callback(_remove, root, path)
-            _asked(root, "worktree", "add", "--detach", "--force", str(path), commit)
+            git(root, "worktree", "add", "--detach", "--force", str(path), commit)
             found.append(Checkout(name, commit, path, root))
         yield found[0], found[1]
 
 
 def _remove(root: Path, path: Path) -> None:
     """Remove a worktree, whatever was written into it, and what git remembers of it."""
-    _git(root, "worktree", "remove", "--force", "--force", str(path))
+    run_git(root, "worktree", "remove", "--force", "--force", str(path))
     shutil.rmtree(path, ignore_errors=True)
-    _git(root, "worktree", "prune")
+    run_git(root, "worktree", "prune")
 
 
 def _remove_left_over(root: Path) -> None:
     """Remove worktrees of this repository whose process was killed before it could."""
-    for line in _git(root, "worktree", "list", "--porcelain").stdout.splitlines():
+    for line in run_git(root, "worktree", "list", "--porcelain").stdout.splitlines():
         path = Path(line.removeprefix("worktree "))
         if not line.startswith("worktree ") or not path.parent.name.startswith(_PREFIX):
             continue

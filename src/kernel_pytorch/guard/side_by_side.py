@@ -8,9 +8,11 @@ hits both alike. What one side's process does (crash, hang, raise) ends the run 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import math
+import operator
 import os
 import select
 import statistics
@@ -177,7 +179,7 @@ class WorkerRunner:
         self.calls: dict[str, int] = {}
         self.call_ms: dict[str, float] = {}
         self.telemetry: dict[str, list[float]] = {}
-        self.notes: list[str] = []
+        self.counts: dict[str, float] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._said: Said | None = None
         self._requests = self._answers = -1
@@ -307,6 +309,11 @@ class WorkerRunner:
             self.telemetry.setdefault(name, []).append(float(value))
         return (float(told["ms"]),)
 
+    def count(self) -> None:
+        """Ask what happened while it was sampled: recompilations, retries of the allocator, load of others."""
+        told = self._ask({"op": "counts"}, self._limit_s, "counting")["counts"]
+        self.counts = {name: float(value) for name, value in told.items()}
+
     def peak_bytes(self) -> int | None:
         """Run every case once more; return the most memory that one of them took, with the model; `None` if unknown."""
         peak: int | None = self._ask({"op": "peak"}, self._limit_s, "measuring its memory")["peak_bytes"]
@@ -325,6 +332,12 @@ class WorkerRunner:
         """Return what the worker has told."""
         telemetry = {name: statistics.median(values) for name, values in self.telemetry.items()}
         telemetry.pop("cpu_others_percent", None)  # the other side is among the others
+        if reasons := self.telemetry.get("throttle_reasons"):  # bits: each counts that was ever set
+            telemetry["throttle_reasons"] = float(functools.reduce(operator.or_, map(int, reasons)))
+        if capacity := self.told.get("memory_total_bytes"):
+            telemetry["memory_total_bytes"] = float(capacity)
+        telemetry |= self.counts
+        settings = {f"env:{name}": value for name, value in self.side.env.items()}
         for case, ms in self.told.get("first_ms", {}).items():
             telemetry[f"first_call_ms {case}" if len(self.call_ms) > 1 else "first_call_ms"] = float(ms)
         return SideFacts(
@@ -332,7 +345,7 @@ class WorkerRunner:
             revision=self.side.revision,
             dirty=self.side.dirty,
             python=self.side.python or sys.executable,
-            software=self.told.get("software", {}),
+            software={**self.told.get("software", {}), **settings},
             device_key=self.told.get("device_key", ""),
             fingerprint=self.told.get("fingerprint", ""),
             telemetry=telemetry,

@@ -33,6 +33,11 @@ _SEED = 0
 _COLD_MS = 20.0
 """A function shorter than this is called once, untimed, before it is timed: the other process had the caches."""
 _TELEMETRY_S = 0.5
+_LEAST_WATCHED_S = 1.0
+"""The kernel counts CPU time in ticks of 10 ms: over less than this they tell nothing of other processes."""
+_TELLING = ("OMP_", "MKL_", "TORCH", "PYTORCH_", "CUDA_", "NVIDIA_", "NCCL_", "TRITON_", "KMP_")
+"""Beginnings of the names of variables that decide what torch does; they are reported with the software."""
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSW", "CREDENTIAL", "AUTH")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -191,9 +196,33 @@ def _software(spec: Any) -> dict[str, str]:
     found["setting:deterministic"] = str(torch.are_deterministic_algorithms_enabled())
     if torch.cuda.is_available():
         found["setting:cudnn.benchmark"] = str(torch.backends.cudnn.benchmark)
+    for name, value in os.environ.items():
+        if name.startswith(_TELLING) and not any(word in name for word in _SECRET):
+            found[f"env:{name}"] = value
     found.pop("kernel-pytorch", None)
     found["kernel_pytorch"] = str(importlib.import_module("kernel_pytorch").__version__)
     return dict(sorted(found.items()))
+
+
+def _counts() -> dict[str, float]:
+    """Return what torch has counted in this process: compiled frames, graph breaks, retries of the allocator."""
+    found: dict[str, float] = {}
+    torch: Any = sys.modules["torch"]
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    counters: Any = getattr(dynamo, "counters", None)
+    if counters is not None:
+        found["recompilations"] = float(counters["frames"]["total"])
+        found["graph_breaks"] = float(sum(counters["graph_break"].values()))
+    if torch.cuda.is_initialized():
+        found["allocator_retries"] = float(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+    return found
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    """Return the CPU time of all processes and of this one, since the machine and this began."""
+    psutil = importlib.import_module("psutil")
+    total = psutil.cpu_times()
+    return float(total.user + total.system + getattr(total, "nice", 0.0)), time.process_time()
 
 
 def _let_go_of_the_lock() -> None:
@@ -222,6 +251,8 @@ class _Session:
     def __init__(self) -> None:
         self.loaded: _Loaded | None = None
         self._told_s = 0.0
+        self._counted: dict[str, float] | None = None
+        self._others_s = self._watched_s = 0.0
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Do what a request asks for."""
@@ -251,6 +282,7 @@ class _Session:
             "software": _software(spec),
             "package": str(Path(str(importlib.import_module("kernel_pytorch").__file__)).parent),
             "first_ms": loaded.first_ms,
+            "memory_total_bytes": getattr(spec, "memory_bytes", None),
         }
 
     def _on_call(self, _: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,8 +293,11 @@ class _Session:
     def _on_sample(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Take one sample: the mean of so many calls of each case, weighted."""
         loaded, total = self._ready, 0.0
+        if self._counted is None:
+            self._counted = _counts()
         gc.collect(1)
         gc.disable()
+        began, (busy, own) = time.monotonic(), _cpu_seconds()
         try:
             for case, calls in request["calls"].items():
                 if request["ms"][case] < _COLD_MS:
@@ -270,7 +305,18 @@ class _Session:
                 total += loaded.weights[case] * loaded.time_ms(case, calls)
         finally:
             gc.enable()
+        now = _cpu_seconds()
+        self._others_s += now[0] - busy - (now[1] - own)
+        self._watched_s += time.monotonic() - began
         return {"ms": total, **self._telemetry()}
+
+    def _on_counts(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        """Tell what happened while it was sampled; graph breaks are made when it is compiled, and count from then."""
+        before = {**(self._counted or {}), "graph_breaks": 0.0}
+        found = {name: value - before.get(name, 0.0) for name, value in _counts().items()}
+        if self._watched_s >= _LEAST_WATCHED_S:
+            found["foreign_load_cores"] = max(0.0, self._others_s / self._watched_s)
+        return {"counts": found}
 
     def _telemetry(self) -> dict[str, Any]:
         now = time.monotonic()
