@@ -61,6 +61,11 @@ class Judgement:
     reason: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def speedup(self) -> Ratio:
+        """The change the other way round: time of base over time of head, above 1 is faster."""
+        return _inverse(self.change)
+
 
 def judge_pairs(base_ms: Sequence[float], head_ms: Sequence[float], *, max_slowdown: float = 0.03) -> Judgement:
     """Judge pairs of times taken side by side, of a number that was fixed before they were seen.
@@ -147,9 +152,7 @@ class Sequential:
 
         Pass `early_confidence` with it, ask `last` for the judgement.
         """
-        low, high = 1.0 / speedup.high, 1.0 / speedup.low if speedup.low else math.inf
-        change = Ratio(1.0 / speedup.value, low, high, speedup.confidence)
-        return _verdict(change, self.max_slowdown) is not Verdict.INCONCLUSIVE
+        return _verdict(_inverse(speedup), self.max_slowdown) is not Verdict.INCONCLUSIVE
 
 
 def judge_series(base_ms: Sequence[float], head_ms: Sequence[float], *, max_slowdown: float = 0.03) -> Judgement:
@@ -223,6 +226,10 @@ def _judge(
         reason += f" in {pairs} pairs{_more(change, max_slowdown, pairs)}"
     notes = notes_of(base, head, slower=verdict is Verdict.FAIL, max_slowdown=max_slowdown)
     return Judgement(verdict, change, max_slowdown, pairs, reason, _skipped(skipped) + notes)
+
+
+def _inverse(ratio: Ratio) -> Ratio:
+    return Ratio(1.0 / ratio.value, 1.0 / ratio.high, 1.0 / ratio.low if ratio.low else math.inf, ratio.confidence)
 
 
 def _verdict(change: Ratio, max_slowdown: float) -> Verdict:

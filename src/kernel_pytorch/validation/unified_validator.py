@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,38 +13,18 @@ from torch import nn
 from kernel_pytorch.core.config import KernelPyTorchConfig
 from kernel_pytorch.core.program import begin, clone_call, clone_model
 from kernel_pytorch.core.protocols import Program
-from kernel_pytorch.core.types import Candidate, Measurement, Mode, NumericsReport, Ratio, Step, Verdict
+from kernel_pytorch.core.types import Candidate, Mode, NumericsReport, Step
 from kernel_pytorch.core.workload import Call, as_call, as_workload
 from kernel_pytorch.validation.lift import lifted_model
 from kernel_pytorch.validation.locate import first_difference
 from kernel_pytorch.validation.numerics import Subject, judge
-from kernel_pytorch.validation.regression import Sequential
+from kernel_pytorch.validation.performance import PerformanceVerdict, judge_speed
 from kernel_pytorch.validation.vary import zero_dropout
 
 __all__ = ["PerformanceVerdict", "UnifiedValidator", "first_divergence"]
 
 _SAME = 1e-4  # error of a layer's worst row that parts two models of one precision
-_MAX_PAIRS = 400
 _LOW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-@dataclass(frozen=True, slots=True)
-class PerformanceVerdict:
-    """Whether a module is slower than another.
-
-    Attributes:
-        verdict: `PASS`, `FAIL` or `INCONCLUSIVE`.
-        ratio: Speed-up of the candidate with the interval that was judged.
-        measurement: All samples.
-        reason: The ground of the verdict, one sentence.
-        notes: What else the samples show: noise of one side alone, a trend, a warm-up.
-    """
-
-    verdict: Verdict
-    ratio: Ratio
-    measurement: Measurement
-    reason: str = ""
-    notes: tuple[str, ...] = ()
 
 
 class UnifiedValidator:
@@ -105,28 +84,10 @@ class UnifiedValidator:
         Raises:
             ValueError: A `max_slowdown` not above 0.
         """
-        from kernel_pytorch.backends import manager_for
-        from kernel_pytorch.measure.sampler import compare
-
-        call = as_call(inputs)
-        judge = Sequential(max_slowdown, _MAX_PAIRS)
-        device = next((p.device.type for p in reference.parameters()), "cpu")
-
-        def once(model: nn.Module) -> Any:
-            with torch.set_grad_enabled(self.config.mode is Mode.TRAINING):
-                return model(*call.args, **call.kwargs)
-
-        measured = compare(
-            manager_for(device), partial(once, reference), partial(once, candidate),
-            max_seconds=min(30.0, self.config.budget_s), min_pairs=judge.looks[0], max_pairs=_MAX_PAIRS,
-            confidence=judge.early_confidence, stop=judge.stop,
+        return judge_speed(
+            candidate, reference, as_call(inputs), training=self.config.mode is Mode.TRAINING,
+            max_seconds=min(30.0, self.config.budget_s), max_slowdown=max_slowdown,
         )  # fmt: skip
-        judged = judge.last(measured.baseline_samples_ms, measured.samples_ms)
-        change = judged.change
-        ratio = Ratio(
-            1.0 / change.value, 1.0 / change.high, 1.0 / change.low if change.low else math.inf, change.confidence
-        )
-        return PerformanceVerdict(judged.verdict, ratio, replace(measured, ratio=ratio), judged.reason, judged.notes)
 
 
 def first_divergence(candidate: nn.Module, reference: nn.Module, call: Any, *, tolerance: float = _SAME) -> str:
