@@ -16,6 +16,7 @@ from kernel_pytorch.attention import AttentionError, AttentionShape, api, choice
 from kernel_pytorch.attention.reference import attend
 from kernel_pytorch.attention.types import Implementation
 from kernel_pytorch.core.types import Numerics, Skip
+from kernel_pytorch.measure.choices import cache_directory
 
 SHAPE = AttentionShape(2, 2, 2, 24, 24, 8, torch.float32, is_causal=True)
 
@@ -102,7 +103,7 @@ def test_deleted_or_damaged_cache_is_measured_again(only, tmp_path, caplog):
     file.unlink()
     api.forget()
     assert choose(SHAPE, "cpu", backward=False).measured
-    for damage in ('{"version": 1, "choi', '{"version": 1}', '{"version": 1, "choices": {"x": {}}}', "[]"):
+    for damage in ('{"version": 2, "choi', '{"version": 2}', '{"version": 2, "choices": {"x": {}}}', "[]"):
         file.write_text(damage)
         api.forget()
         assert choose(SHAPE, "cpu", backward=False).measured
@@ -264,13 +265,13 @@ def test_the_definition_passes_its_own_probe(packed, backward):
 
 
 def test_cache_directory(monkeypatch, tmp_path):
-    assert choice.cache_directory() == tmp_path / "cache"
+    assert cache_directory() == tmp_path / "cache"
     monkeypatch.delenv("KERNEL_PYTORCH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert choice.cache_directory() == tmp_path / "kernel_pytorch"
+    assert cache_directory() == tmp_path / "kernel_pytorch"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert choice.cache_directory() == Path.home() / "Library" / "Caches" / "kernel_pytorch"
+    assert cache_directory() == Path.home() / "Library" / "Caches" / "kernel_pytorch"
 
 
 def test_classes_of_shapes():

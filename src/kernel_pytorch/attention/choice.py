@@ -7,15 +7,9 @@ new version is measured anew.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import hashlib
-import json
 import logging
-import os
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -33,8 +27,9 @@ from kernel_pytorch.attention.types import BROKEN, AttentionError, AttentionShap
 from kernel_pytorch.backends import manager_for
 from kernel_pytorch.core.types import Skip
 from kernel_pytorch.hardware import detect
+from kernel_pytorch.measure.choices import choice_file, load_choices, store_choices
 
-__all__ = ["cache_directory", "choose", "forget", "known_choice", "software"]
+__all__ = ["choose", "forget", "known_choice", "software"]
 
 _log = logging.getLogger(__name__)
 
@@ -43,16 +38,6 @@ _SCORES = 1 << 26
 """Scores (256 MiB in float32) above which the definition, which stores them all, is not worth a try."""
 
 _chosen: dict[tuple[str, str, bool], Choice] = {}
-
-
-def cache_directory() -> Path:
-    """Return where choices are kept: `$KERNEL_PYTORCH_CACHE`, or `kernel_pytorch` in the platform's cache directory."""
-    named = os.environ.get("KERNEL_PYTORCH_CACHE")
-    if named:
-        return Path(named).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "kernel_pytorch"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kernel_pytorch"
 
 
 def software(device: torch.device) -> dict[str, str]:
@@ -176,23 +161,17 @@ def _job(case: Case, one: Implementation, *, backward: bool) -> Any:
 
 @functools.cache
 def _path(device: torch.device) -> Path:
-    digest = hashlib.sha256(json.dumps(software(device), sort_keys=True).encode()).hexdigest()[:12]
-    return cache_directory() / "attention" / f"{detect(str(device)).key}-{digest}.json"
+    return choice_file("attention", detect(str(device)).key, software(device))
 
 
 def _load(path: Path) -> dict[str, Choice]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError:
-        return {}
-    try:
-        stored = json.loads(text)
-        if stored["version"] != _VERSION:
-            return {}
-        return {name: _from_json(name, entry) for name, entry in stored["choices"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        _log.warning("%s is damaged (%s), so attention is measured again", path, error)
-        return {}
+    found = {}
+    for name, entry in load_choices(path, version=_VERSION).items():
+        try:
+            found[name] = _from_json(name, entry)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _log.warning("%s is damaged in %r (%s), so that is measured again", path, name, error)
+    return found
 
 
 def _from_json(name: str, entry: Mapping[str, Any]) -> Choice:
@@ -210,37 +189,5 @@ def _from_json(name: str, entry: Mapping[str, Any]) -> Choice:
     )
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _store(device: torch.device, entry: str, choice: Choice) -> None:
-    path = _path(device)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
-            choices = {**_load(path), entry: choice}
-            content = {
-                "version": _VERSION,
-                "software": software(device),
-                "choices": {name: choices[name].as_json() for name in sorted(choices)},
-            }
-            _replace(path, json.dumps(content, indent=1, allow_nan=False))
-    except OSError as error:
-        _log.warning("cannot keep the choice of attention in %s (%s): it is measured again next time", path, error)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except OSError:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    store_choices(_path(device), {entry: choice.as_json()}, software(device), version=_VERSION)

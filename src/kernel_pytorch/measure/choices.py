@@ -18,8 +18,6 @@ __all__ = ["cache_directory", "choice_file", "load_choices", "store_choices"]
 
 _log = logging.getLogger(__name__)
 
-_VERSION = 1
-
 
 def cache_directory() -> Path:
     """Return where choices are kept: `$KERNEL_PYTORCH_CACHE`, or `kernel_pytorch` in the platform's cache directory."""
@@ -37,11 +35,11 @@ def choice_file(what: str, device_key: str, software: Mapping[str, str]) -> Path
     return cache_directory() / what / f"{device_key}-{digest}.json"
 
 
-def load_choices(path: Path) -> dict[str, Any]:
+def load_choices(path: Path, *, version: int = 1) -> dict[str, Any]:
     """Return the choices of a file by name; none where it is absent, damaged (logged) or of another version."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return dict(stored["choices"]) if stored["version"] == _VERSION else {}
+        return dict(stored["choices"]) if stored["version"] == version else {}
     except OSError:
         return {}
     except (ValueError, KeyError, TypeError) as error:
@@ -49,13 +47,20 @@ def load_choices(path: Path) -> dict[str, Any]:
         return {}
 
 
-def store_choices(path: Path, choices: Mapping[str, Any], software: Mapping[str, str]) -> None:
-    """Add choices to a file, which readers see before or after, never between; log where that is impossible."""
+def store_choices(path: Path, choices: Mapping[str, Any], software: Mapping[str, str], *, version: int = 1) -> None:
+    """Add choices to a file, which readers see before or after, never between; log where that is impossible.
+
+    Args:
+        path: The file: `choice_file`.
+        choices: By name, as JSON can hold them; what the file has under the same names is replaced.
+        software: Versions that decided, for whoever reads the file.
+        version: Of the form in which these choices are written; what the file has in another is dropped.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
-            merged = {**load_choices(path), **choices}
-            content = {"version": _VERSION, "software": dict(software), "choices": dict(sorted(merged.items()))}
+            merged = {**load_choices(path, version=version), **choices}
+            content = {"version": version, "software": dict(software), "choices": dict(sorted(merged.items()))}
             _replace(path, json.dumps(content, indent=1, allow_nan=False))
     except OSError as error:
         _log.warning("cannot keep what was measured in %s (%s): it is measured again next time", path, error)
