@@ -23,8 +23,6 @@ MAKE_PLAN = Path(__file__).parent / "make_plan.py"
 SIDES = "--base REV [--head REV], --base-python P [--head-python P], two targets, --command twice, or --base-samples F "
 WAYS = f"give {SIDES}--head-samples F"
 
-pytestmark = pytest.mark.serial
-
 
 @pytest.fixture(autouse=True)
 def own_history(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,6 +340,7 @@ def prints(files: Path, name: str, ms: float) -> str:
     return f"{sys.executable} -S {script}"
 
 
+@pytest.mark.serial
 def test_two_commands(kpt, files):
     fast, slow = prints(files, "fast", 10.0), prints(files, "slow", 11.0)
     done = kpt("compare", "--command", fast, "--command", slow, "--format", "json")
@@ -376,6 +375,7 @@ def repository(files: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_revisions_and_bisection(kpt, repository):
     done = kpt("compare", "--command", "cat ms.txt", "--base", "HEAD~5", "--bisect", "--format", "json")
     told = json.loads(done.out)
@@ -389,6 +389,7 @@ def test_revisions_and_bisection(kpt, repository):
     assert len(left.stdout.splitlines()) == 1
 
 
+@pytest.mark.serial
 def test_nothing_is_bisected_without_a_slowdown(kpt, repository):
     done = kpt("compare", "--command", "cat ms.txt", "--base", "HEAD~1", "--bisect")
     assert done.code == 0, done.err
@@ -484,6 +485,7 @@ def test_a_plan_of_another_device_is_stale_and_cannot_be_refreshed(kpt, files):
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_refreshing_stamps_the_plan_anew_where_it_passes(kpt, files):
     make_plan(files, "plan", "none", *fresh(), 'device.software.torch="1.13.0"')
     (files / "plan" / "artifacts").mkdir()
@@ -506,6 +508,7 @@ def test_refreshing_stamps_the_plan_anew_where_it_passes(kpt, files):
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_a_plan_that_is_slow_is_not_stamped(kpt, files):
     make_plan(files, "plan", "bf16", *fresh(), 'device.software.torch="1.13.0"')
     before = (files / "plan" / "plan.json").read_text()
@@ -515,6 +518,7 @@ def test_a_plan_that_is_slow_is_not_stamped(kpt, files):
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_a_plan_that_is_slower_than_the_unmodified_model_fails(kpt, files):
     make_plan(files, "plan", "bf16", *fresh())  # casting costs more than a model of this size takes
     done, told = checked(kpt, "--keep", "0")
