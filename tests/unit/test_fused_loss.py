@@ -140,3 +140,29 @@ def test_the_ejected_source_runs(graphs) -> None:
     names = {"torch": torch}
     exec(Compile().source(STEP), {**names, "call": lambda x: x}, names)
     assert callable(names["fused_loss"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.serial
+def test_a_loss_that_casts_is_judged_by_what_its_cast_costs() -> None:
+    """`.float()` in a loss that is compiled with the model cannot be lifted: that is rounding, not another function."""
+    from kernel_pytorch.backends import manager_for
+    from kernel_pytorch.search.bench import prepare_bench
+    from kernel_pytorch.search.trial import TrialRequest, run_trial
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.up, self.head = nn.Embedding(64, 32), nn.Linear(32, 64), nn.Linear(64, 64)
+
+        def forward(self, ids):
+            return self.head(torch.tanh(self.up(self.embed(ids))))
+
+    def loss(model, ids):
+        return nn.functional.cross_entropy(model(ids).float().flatten(0, 1), ids.flatten())
+
+    workload = kp.Workload(Tokens, lambda seed: torch.randint(64, (2, 8)), loss=loss)
+    bench = prepare_bench(workload, kp.KernelPyTorchConfig.for_training(), manager_for("cpu"), seed=0)
+    trial = run_trial(bench, TrialRequest(kp.Candidate((STEP,)), seconds=0.5))
+    failed = [c for c in trial.numerics.checks if not c.passed] if trial.numerics else trial.reason
+    assert trial.status == "ok", failed

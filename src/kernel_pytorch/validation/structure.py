@@ -37,6 +37,9 @@ NEAR_EXACT = 1e-9
 _FP32 = 1e-4
 """The same where only fp32 runs; where the reference runs in fp64, 20 times its own rounding, at least the next."""
 _FP32_LEAST = 1e-6
+_GRADIENTS = 100.0
+"""Times what outputs may differ by: a backward pass adds terms that cancel."""
+_GRADIENT_FLOOR = 1e-8
 _HARD_CASTS = 20.0
 _COMPILED_ROWS = 4
 _UNLIFTED = "{}: its structure at high precision, for it does not run there"
@@ -135,6 +138,7 @@ class _Want:
         accepted: Indices of the calls it accepts, at its own precision and at this one.
         precision: `lifted`, `fp64` (hard-coded casts stay) or `fp32`.
         budgets: Allowed error of each accepted call.
+        gradient_budget: Allowed error of a gradient.
         why: Why it is not fp64.
     """
 
@@ -143,6 +147,7 @@ class _Want:
     seen: Observed
     budgets: list[float]
     gradients: Gradients | None
+    gradient_budget: float
     why: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -152,6 +157,7 @@ class _Want:
             "precision": self.precision,
             "seen": self.seen.as_dict(),
             "budgets": self.budgets,
+            "gradient_budget": self.gradient_budget,
             "why": self.why,
             "gradients": None if self.gradients is None else self.gradients.as_dict(),
         }
@@ -319,8 +325,21 @@ class _Trial:
                 why = f"structure was judged in fp32 only, for fp64 raises: {seen.error}"
                 continue
             budgets = self._budgets(chosen, seen, precision)
-            return _Want(accepted, precision, seen, budgets, gradients, why).as_dict()
+            allowed = _GRADIENTS * max(budgets)
+            if gradients is not None and precision != "lifted":
+                allowed = max(allowed, _HARD_CASTS * self._cast_gradients(gradients, small=small))
+            return _Want(accepted, precision, seen, budgets, gradients, allowed, why).as_dict()
         return {}
+
+    def _cast_gradients(self, mine: Gradients, *, small: bool) -> float:
+        """Return what hard-coded casts, those of the loss among them, cost the reference's own gradients."""
+        with _precise("lifted", compiled=False):
+            batch = _at(self._batch(small=small), "lifted")
+            exact = gradients_of(self._base("lifted"), loss_of(self.subject.workload), batch, self.seed)
+        if exact.error or mine.error:
+            return 0.0
+        found = gradient_checks(mine, exact, gate=Gate.STRUCTURE, floor=_GRADIENT_FLOOR, budget=math.inf)
+        return max((c.error for c in found if math.isfinite(c.error)), default=0.0)
 
     def _accepts(self, named: _Named) -> bool:
         def compute() -> bool:
@@ -377,7 +396,7 @@ class _Trial:
             self._fail(f"buffer {extra[0]}", "is changed by a call; the reference leaves it")
         if want.gradients is not None and gradients is not None:
             checks += gradient_checks(
-                gradients, want.gradients, gate=Gate.STRUCTURE, floor=1e-8, budget=100 * max(want.budgets)
+                gradients, want.gradients, gate=Gate.STRUCTURE, floor=_GRADIENT_FLOOR, budget=want.gradient_budget
             )
 
     def _locate(self, want: _Want, calls: Sequence[_Named]) -> None:
