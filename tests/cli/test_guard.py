@@ -382,6 +382,7 @@ def test_revisions_and_bisection(kpt, repository):
     assert (done.code, told["verdict"]) == (1, "FAIL"), done.err
     assert told["culprits"][0]["what"].startswith("the first slow commit is ")
     assert "commit 3" in told["culprits"][0]["what"]
+    assert [culprit["kind"] for culprit in told["culprits"]].count("revision") == 1
     assert any(note.startswith("bisect: ") and note.endswith("commit 2: PASS") for note in told["notes"])
     names = {run["name"] for run in json.loads(kpt("history", "list", "--format", "json").out)["runs"]}
     assert names == {"cat ms.txt", "cat ms.txt (bisect)"}
@@ -391,8 +392,9 @@ def test_revisions_and_bisection(kpt, repository):
 
 @pytest.mark.serial
 def test_nothing_is_bisected_without_a_slowdown(kpt, repository):
-    done = kpt("compare", "--command", "cat ms.txt", "--base", "HEAD~1", "--bisect")
+    done = kpt("compare", "--command", "cat ms.txt", "--base", "main", "--bisect")
     assert done.code == 0, done.err
+    assert "main and HEAD are the same commit: what differs is noise" in " ".join(done.out.split())
     assert "not bisected: that needs a FAIL, and the verdict is PASS" in " ".join(done.out.split())
 
 
@@ -478,9 +480,11 @@ def test_a_plan_of_other_software_is_stale_and_says_how_to_validate_it_anew(kpt,
 
 def test_a_plan_of_another_device_is_stale_and_cannot_be_refreshed(kpt, files):
     make_plan(files, "plan", "bf16", *fresh(), 'device.arch="sm_90"', 'device.vendor="nvidia"')
+    before = (files / "plan" / "plan.json").read_text()
     for more in ((), ("--refresh",)):
         done, told = checked(kpt, *more)
         assert (done.code, told["verdict"]) == (1, "STALE")
+        assert (files / "plan" / "plan.json").read_text() == before
         assert "it cannot be applied here; make one: kpt optimize nets.py:net -o plan" in told["reason"]
 
 
@@ -505,16 +509,6 @@ def test_refreshing_stamps_the_plan_anew_where_it_passes(kpt, files):
     assert len(plan["evidence"]) == 5  # the search's three, what it had chosen, and the new one
     assert checked(kpt, "--max-slowdown", "5")[1]["verdict"] == "PASS"
     assert kpt("explain", "plan").code == 0
-
-
-@pytest.mark.slow
-@pytest.mark.serial
-def test_a_plan_that_is_slow_is_not_stamped(kpt, files):
-    make_plan(files, "plan", "bf16", *fresh(), 'device.software.torch="1.13.0"')
-    before = (files / "plan" / "plan.json").read_text()
-    done, told = checked(kpt, "--refresh")
-    assert (done.code, told["verdict"]) == (1, "FAIL")
-    assert (files / "plan" / "plan.json").read_text() == before
 
 
 @pytest.mark.slow
@@ -571,12 +565,14 @@ def test_ctrl_c_between_two_commands_keeps_what_was_sampled_and_ends_them(files)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, ""), err
-    assert err.strip().splitlines()[-1] == "kpt: error: interrupted"
+    *_, kept, last = err.strip().splitlines()
+    assert last == "kpt: error: interrupted"
     assert family
     assert psutil.wait_procs(family, timeout=10)[1] == []
     (run,) = exported(files)
     assert (run["verdict"], run["reason"]) == ("INCONCLUSIVE", "interrupted")
-    assert len(run["head_samples_ms"]) == len(run["base_samples_ms"]) >= 4
+    assert (pairs := len(run["head_samples_ms"])) == len(run["base_samples_ms"]) >= 4
+    assert kept == f"kpt: the {pairs} pairs sampled until then are kept: kpt history show {run['id'][:10]}"
 
 
 WAITS = """

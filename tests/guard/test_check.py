@@ -12,7 +12,7 @@ from kernel_pytorch.core.types import Status, Verdict
 from kernel_pytorch.core.workload import Workload
 from kernel_pytorch.errors import KptError, PlanError
 from kernel_pytorch.guard import check
-from kernel_pytorch.guard.check import InterruptedCheck, check_plan
+from kernel_pytorch.guard.check import InterruptedCheck, check_plan, refresh_plan
 from kernel_pytorch.guard.findings import Findings
 from kernel_pytorch.guard.plan_trial import Seen, read_answer, read_samples
 from kernel_pytorch.guard.stale import differences, same_code, stamp
@@ -74,7 +74,7 @@ def test_stamps_are_kept_in_order_and_so_is_the_evidence():
 # What a check says of what it has seen; nothing is run or timed here.
 
 
-def said_by(monkeypatch, made, runs, **options):
+def said_by(monkeypatch, made, runs, *, refresh=False, **options):
     """Return the comparison of a plan whose runs, in their order, are each (status or error, base ms, head ms)."""
     queue = list(runs)
 
@@ -93,7 +93,10 @@ def said_by(monkeypatch, made, runs, **options):
 
     monkeypatch.setattr(check, "_run", run)
     try:
-        return check_plan(made, Path("plan"), Workload(model=list, inputs=list, target="x.py:y"), **options)
+        workload = Workload(model=list, inputs=list, target="x.py:y")
+        if refresh:
+            return refresh_plan(made, workload, **options)
+        return check_plan(made, Path("plan"), workload, **options)
     finally:
         assert not queue, "a run that was expected did not take place"
 
@@ -113,12 +116,27 @@ def pairs(factor: float, n: int = 60, noise: float = 0.002) -> tuple[list[float]
     return base, [factor * ms * (1 + noise * ((i * 3) % 5 - 2)) for i, ms in enumerate(base)]
 
 
+@pytest.mark.parametrize(("factor", "verdict"), [(0.5, Verdict.PASS), (0.8, Verdict.FAIL), (1.2, Verdict.FAIL)])
+def test_only_a_plan_that_passes_is_stamped_anew(monkeypatch, made, factor, verdict):
+    old = replace(made, device=device(software={**detect().software, "torch": "1.13.0"}))
+    old = replace(old, device=replace(detect(), software=old.device.software))
+    runs = [(OK, *pairs(factor, seed)) for seed in ((60,) if verdict is Verdict.PASS else (60, 40))]
+    found, fresh = said_by(monkeypatch, old, runs, refresh=True)
+    assert found.verdict is verdict
+    assert found.name == f"{old.workload.name} (plan)"
+    if verdict is Verdict.PASS:
+        assert fresh.device.software["torch"] == detect().software["torch"]
+        assert "torch 1.13.0 -> " in fresh.chosen.notes[-1]
+    else:
+        assert fresh is None
+
+
 def test_a_plan_that_keeps_its_speed_passes_and_tells_what_is_left(monkeypatch, made):
     found = said_by(monkeypatch, made, [(OK, *pairs(0.5))])
     assert found.verdict is Verdict.PASS
     assert found.reason.startswith("right, and 2.00x (")
     assert found.change.value == pytest.approx(0.5, rel=0.01)
-    assert found.notes[0] == "100% of the planned speed-up of 2.00x (1.90 to 2.10) is left"
+    assert found.notes[0] == "100 % of the planned speed-up of 2.00x (1.90 to 2.10) is left"
     assert found.culprits == ()
     assert len(found.head_samples_ms) == 60
 
@@ -128,7 +146,7 @@ def test_a_speed_up_that_is_lost_fails_though_the_plan_is_faster_than_the_model(
     found = said_by(monkeypatch, made, [(lost, *pairs(0.7)), (OK, *pairs(0.7))])
     assert found.verdict is Verdict.FAIL
     assert found.reason.startswith("the planned speed-up is lost: 2.00x was planned, now 1.43x (")
-    assert found.reason.endswith("90% had to be kept")
+    assert found.reason.endswith("90 % had to be kept")
     assert found.change.high < 1.0
     assert found.culprits[0].what == "0 was 2.00x as fast as unmodified when it was planned, is 1.11x now"
     assert len(found.head_samples_ms) == 120
@@ -165,7 +183,7 @@ def test_a_crash_in_the_second_process_confirms_nothing(monkeypatch, made):
 def test_too_few_pairs_do_not_decide_and_say_what_is_open(monkeypatch, made):
     found = said_by(monkeypatch, made, [(OK, *pairs(0.56, n=12, noise=0.08))])
     assert found.verdict is Verdict.INCONCLUSIVE
-    assert "do not decide whether it is 1.71x, 90% of what was planned" in found.reason
+    assert "do not decide whether it is 1.71x, 90 % of what was planned" in found.reason
 
 
 def test_a_process_that_ended_is_undecided_with_what_it_had_sampled(monkeypatch, made):
@@ -201,8 +219,8 @@ def test_memory_that_grew_is_told(made):
     )
     told = [note for note in found.notes if note.startswith("peak memory")]
     assert told == [
-        "peak memory is 3.0 MiB, 200% more than when it was planned (1.0 MiB)",
-        "peak memory is 3.0 MiB, 50% more than the unmodified model's (2.0 MiB)",
+        "peak memory is 3.0 MiB, 200 % more than when it was planned (1.0 MiB)",
+        "peak memory is 3.0 MiB, 50 % more than the unmodified model's (2.0 MiB)",
     ]
 
 

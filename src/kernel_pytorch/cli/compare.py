@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernel_pytorch.cli.output import quiet_stdout, stderr_console
-from kernel_pytorch.cli.verdict import check_places, conclude, keep
+from kernel_pytorch.cli.verdict import check_places, conclude, keep, keep_interrupted
 from kernel_pytorch.core.types import Verdict
 from kernel_pytorch.errors import KptError
 
@@ -128,7 +128,8 @@ def compare(
                 if asked.bisect:
                     found = [run.bisected(found[0], history)]
             except InterruptedComparison as stop:
-                keep([*found, stop.comparison], history)
+                keep(found, history)
+                keep_interrupted(stop.comparison, history)
                 raise
             except BaseException:  # the walk takes longer than the comparison, which is not lost
                 keep(found, history)
@@ -261,7 +262,11 @@ class _Runs:
         with revision_sides(
             base, head, target=target, command=command, allow_dirty=allow_dirty, **self._options()
         ) as sides:
-            return self._sides(*self._with_pythons(*sides), profile=profile)
+            found = self._sides(*self._with_pythons(*sides), profile=profile)
+        if found.base.revision == found.head.revision and not found.head.dirty and not self.asked.pythons:
+            told = f"{base} and {head} are the same commit: what differs is noise"
+            return replace(found, notes=(told, *found.notes))
+        return found
 
     def _sides(self, base: Side, head: Side, *, profile: bool = True) -> Comparison:
         from kernel_pytorch.guard.compare import compare_sides

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernel_pytorch.cli.output import quiet_stdout, stderr_console
-from kernel_pytorch.cli.verdict import check_places, conclude, keep
+from kernel_pytorch.cli.verdict import check_places, conclude, keep, keep_interrupted
 from kernel_pytorch.errors import OutputDirectoryError, TargetError
 from kernel_pytorch.guard.stale import config_of
 from kernel_pytorch.plan.schema import dumps
@@ -74,7 +74,7 @@ def check(
                     if fresh is not None:
                         _write(fresh, path, workload, Path(compiled))
         except InterruptedCheck as stop:
-            keep([stop.comparison], history)
+            keep_interrupted(stop.comparison, history)
             raise
         keep([comparison], history)
     return conclude([comparison], form=form, output=output, inconclusive=inconclusive)

@@ -48,11 +48,14 @@ def list_runs(*, history: str | None, name: str | None, since: str | None, limit
         _table(runs, console)
         for point in points:
             old, new = f"{point.before:.4g}", f"{point.after:.4g}"
-            what = f"{point.name}: {point.metric} {old} -> {new} ({point.change - 1.0:+.1%}) from {point.created} on"
+            moved = f"{old} -> {new} ({100.0 * (point.change - 1.0):+.1f} %)"
+            what = f"{point.name}: {point.metric} {moved} from {point.created} on"
             because = f": {', '.join(point.differences)}" if point.differences else ""
             console.print(f"change point  {what}{because}", markup=False, soft_wrap=True)
         if why:
             console.print(f"no change points: {why}", markup=False, soft_wrap=True)
+        if (waiting := len(store.waiting())) > 0:
+            console.print(f"{waiting} more wait on this machine: kpt history send", markup=False, soft_wrap=True)
         console.print(f"{len(runs)} runs of {store.address.shown}", markup=False, soft_wrap=True)
 
     emit(form, data, text)

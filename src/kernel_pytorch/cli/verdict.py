@@ -13,7 +13,7 @@ from kernel_pytorch.core.types import Verdict
 if TYPE_CHECKING:
     from kernel_pytorch.guard.types import Comparison
 
-__all__ = ["check_places", "conclude", "keep", "show"]
+__all__ = ["check_places", "conclude", "keep", "keep_interrupted", "show"]
 
 
 def check_places(history: str | None, output: str | None) -> None:
@@ -83,6 +83,16 @@ def _written(comparisons: Sequence[Comparison], form: str, inconclusive: str) ->
     if form == "prometheus":
         return report.as_prometheus(comparisons)
     return "\n".join(map(report.as_text, comparisons))
+
+
+def keep_interrupted(comparison: Comparison, history: str | None) -> None:
+    """Record what was sampled before Ctrl-C, and say where it is."""
+    from kernel_pytorch.guard.history import open_history
+
+    keep([comparison], history)
+    pairs = len(comparison.head_samples_ms)
+    if pairs and open_history(history) is not None:
+        sys.stderr.write(f"kpt: the {pairs} pairs sampled until then are kept: kpt history show {comparison.id[:10]}\n")
 
 
 def keep(comparisons: Sequence[Comparison], history: str | None) -> None:

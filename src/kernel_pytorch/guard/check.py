@@ -80,7 +80,7 @@ def check_plan(
         max_seconds: Limit of the timing; numerics and compilation come before it.
         max_pairs: Pairs of samples at most.
         again: The command that refreshes, for the reason of STALE.
-        name: What is checked, stable over time; by default the workload's name.
+        name: What is checked, stable over time; by default the workload's name and `(plan)`.
         command: What reproduces this.
         listen: Called with each `Event`, of kind `note` with a line for people.
 
@@ -180,7 +180,7 @@ def _begin(
 ) -> tuple[Findings, KernelPyTorchConfig]:
     if not 0.0 <= keep <= 1.0:
         raise KptError(f"keep must be between 0 and 1, got {keep}")
-    name = name or plan.workload.name or "model"
+    name = name or f"{plan.workload.name or 'model'} (plan)"
     findings = Findings(plan, here(plan), max_slowdown, keep, name, command, time.monotonic())
     return findings, config or config_of(plan)
 

@@ -115,13 +115,14 @@ class Findings:
         if judged.verdict is Verdict.FAIL and change.low > 1.0:
             return f"the plan is slower than the unmodified model: {seen}"
         if judged.verdict is Verdict.FAIL:
-            kept = f"{self.keep:.0%} had to be kept"
+            kept = f"{100.0 * self.keep:.0f} % had to be kept"
             return f"the planned speed-up is lost: {plan.value:.2f}x was planned, now {seen}; {kept}"
         if judged.verdict is Verdict.PASS:
             return f"right, and {seen}" + (f", {plan.value:.2f}x was planned" if self.plan.candidate.steps else "")
         if judged.change.low > 1.0:
             return f"right, and slower in one process ({seen}), {judged.reason}"
-        need = f"{owed:.2f}x, {self.keep:.0%} of what was planned" if owed > 1.0 else "as fast as the unmodified model"
+        planned_for = f"{owed:.2f}x, {100.0 * self.keep:.0f} % of what was planned"
+        need = planned_for if owed > 1.0 else "as fast as the unmodified model"
         return f"right, and {seen}: {judged.pairs} pairs do not decide whether it is {need}"
 
     def _kept(self, change: Ratio) -> str:
@@ -130,7 +131,7 @@ class Findings:
             return ""
         share = _inverse(change).value / plan.value
         interval = f"{plan.value:.2f}x ({plan.low:.2f} to {plan.high:.2f})"
-        return f"{share:.0%} of the planned speed-up of {interval} is left"
+        return f"{100.0 * share:.0f} % of the planned speed-up of {interval} is left"
 
     def _memory(self, told: Measurement | None) -> tuple[str, ...]:
         made = self.plan.chosen.measurement
@@ -143,7 +144,9 @@ class Findings:
         ):
             if before and told.peak_bytes > (1.0 + _GREW) * before:
                 now, old = (f"{size / 2**20:.1f} MiB" for size in (told.peak_bytes, before))
-                lines.append(f"peak memory is {now}, {told.peak_bytes / before - 1.0:.0%} more {what} ({old})")
+                lines.append(
+                    f"peak memory is {now}, {100.0 * (told.peak_bytes / before - 1.0):.0f} % more {what} ({old})"
+                )
         return tuple(lines)
 
     def _culprits(self, seen: Seen, found: Comparison, owed: float) -> tuple[Culprit, ...]:
