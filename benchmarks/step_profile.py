@@ -1,6 +1,8 @@
 """Where the milliseconds of a training step are: kernel time by class, with a plan applied or without.
 
     python benchmarks/step_profile.py benchmarks/training_jobs.py:llama --plan out/llama -o FILE.json
+    python benchmarks/step_profile.py benchmarks/training_jobs.py:llama -o FILE.json \\
+        --steps '[["causal_mask", {}], ["compile", {"mode": "default", "scope": "loss"}], ["adamw", {}]]'
 
 Classes are told by kernel names (cuBLAS and CUTLASS products, attention, Triton code of Inductor and of this package,
 the optimizer, copies). Products are held against the rate that their floating-point operations need: parameters that
@@ -22,8 +24,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernel_pytorch as kp
 from kernel_pytorch.backends import manager_for
+from kernel_pytorch.catalog import apply_candidate
 from kernel_pytorch.core.describe import make_optimizer, training_loss
-from kernel_pytorch.core.types import Mode
+from kernel_pytorch.core.program import begin, ship
+from kernel_pytorch.core.types import Candidate, Mode, Step
 from kernel_pytorch.search.bench import prepare_bench
 
 CLASSES = (
@@ -48,7 +52,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target")
     parser.add_argument("--plan", help="directory of a plan; without it the unmodified model runs")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=json.loads, help="steps as JSON, [[transform, params], ...], instead of a plan")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     workload, manager = kp.load_target(args.target), manager_for()
@@ -60,6 +65,11 @@ def main() -> None:
     if args.plan:
         model, optimizer = kp.prepare(model, optimizer, plan=args.plan, inputs=bench.calls, loss=loss)
         loss = kp.fused_loss
+    elif args.steps:
+        candidate = Candidate(tuple(Step(name, params) for name, params in args.steps))
+        program = begin(model, Mode.TRAINING, bench.calls, optimizer=optimizer, loss=loss)
+        program = apply_candidate(program, candidate)
+        model, optimizer, loss = ship(program, model), program.optimizer, kp.fused_loss
     batch = next(iter(bench.batches.values()))
 
     def step() -> Any:
@@ -71,11 +81,11 @@ def main() -> None:
 
     for _ in range(3):
         step()
-    samples = [manager.time_ms(step) for _ in range(2 * args.steps)]
+    samples = [manager.time_ms(step) for _ in range(2 * args.repeats)]
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     with profile(activities=activities) as recorded:
-        for _ in range(args.steps):
+        for _ in range(args.repeats):
             step()
         manager.synchronize()
     by_class: collections.Counter[str] = collections.Counter()
@@ -85,7 +95,7 @@ def main() -> None:
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         if spent <= 0 or event.key.startswith(("ProfilerStep", "Optimizer.step", "Torch-Compiled")):
             continue
-        ms = spent / 1e3 / args.steps
+        ms = spent / 1e3 / args.repeats
         by_class[class_of(event.key)] += ms
         kernels[event.key] += ms
         calls[event.key] += event.count
@@ -97,6 +107,7 @@ def main() -> None:
         "software": dict(manager.spec.software),
         "target": args.target,
         "plan": bool(args.plan),
+        "steps": args.steps,
         "ms": median,
         "samples_ms": samples,
         "by_class_ms": dict(by_class.most_common()),
@@ -104,7 +115,7 @@ def main() -> None:
         "product_tflop": flops / 1e12,
         "product_tflops": flops / 1e9 / by_class["product"] if by_class["product"] else None,
         "kernels": [
-            {"name": n, "class": class_of(n), "ms": ms, "calls": calls[n] / args.steps}
+            {"name": n, "class": class_of(n), "ms": ms, "calls": calls[n] / args.repeats}
             for n, ms in kernels.most_common(60)
         ],
     }
@@ -112,7 +123,7 @@ def main() -> None:
     args.output.write_text(json.dumps(artefact, indent=1) + "\n")
     print(f"{median:.1f} ms a step; " + ", ".join(f"{k} {v:.1f}" for k, v in by_class.most_common()))
     for name, ms in kernels.most_common(15):
-        print(f"{ms:8.2f} ms  {calls[name] / args.steps:6.0f} x  {class_of(name):10s} {name[:90]}")
+        print(f"{ms:8.2f} ms  {calls[name] / args.repeats:6.0f} x  {class_of(name):10s} {name[:90]}")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,73 @@ def hopper() -> str:
         "`compile_causal` is the best that was found by hand: `torch.compile`, and attention told that it is causal.",
         "",
     ]
-    return "\n".join([*page, *fused_kernels(kernels)]) + "\n"
+    return "\n".join([*page, *step_variants(), *products(), *attention(), *fused_kernels(kernels)]) + "\n"
+
+
+def step_variants() -> list[str]:
+    """Return the lines of the section that takes a step apart."""
+    found = json.loads((HOPPER / "llama_step_variants.json").read_text(encoding="utf-8"))
+    lines = ["## Where the milliseconds are", "", *textwrap.wrap(f"{found['job']}. {found['note']}", 118), ""]
+    lines += ["| steps | run | ms | products | attention | the rest | peak GiB |", "|---|---|---|---|---|---|---|"]
+    for name, v in found["variants"].items():
+        spent = v["by_class_ms"]
+        rest = v["ms"] - spent["product"] - spent["attention"]
+        times = f"{v['ms']:.1f} | {spent['product']:.1f} | {spent['attention']:.1f} | {rest:.1f}"
+        lines.append(f"| {name} | {v['run']} | {times} | {v['peak_gib']:.1f} |")
+    return [*lines, ""]
+
+
+def products() -> list[str]:
+    """Return the lines of the section of matrix products."""
+    found = json.loads((HOPPER / "products.json").read_text(encoding="utf-8"))
+    whole = found["step_ms"]
+    lines = [
+        "## Matrix products",
+        "",
+        *textwrap.wrap(
+            f"{found['job'][0].upper()}{found['job'][1:]}: PyTorch's own choice of algorithm {whole['pytorch']:.0f} ms "
+            f"for all of a step, the best of cuBLASLt's list {whole['best']:.0f} ms (`linear_algorithm`).",
+            118,
+        ),
+        "",
+        "| product | calls | PyTorch ms | best ms | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for name, v in found["products"].items():
+        calls = found["calls"][name.split()[0]]
+        ratio = v["pytorch_ms"] / v["best_ms"]
+        lines.append(f"| {name} | {calls} | {v['pytorch_ms']:.3f} | {v['best_ms']:.3f} | {ratio:.3f} |")
+    return [*lines, ""]
+
+
+def attention() -> list[str]:
+    """Return the lines of the section of attention."""
+    found = json.loads((HOPPER / "attention.json").read_text(encoding="utf-8"))
+    rows = {name: row for name, row in found["rows"].items() if row["status"] == "ok"}
+    lines = [
+        "## Attention",
+        "",
+        *textwrap.wrap(
+            f"{len(rows)} cases, the choice made with an empty cache, bf16, FlashAttention-3 (a build without "
+            "backward) and FlashAttention-4 installed; times on the device, over plain `scaled_dot_product_attention`.",
+            118,
+        ),
+        "",
+        "| case | choice | TFLOP/s | over plain SDPA |",
+        "|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        if " d128 " in name and "compiled_over_plain" in row:
+            chosen = row["choice_in_compile"]
+            gain = 1.0 / row["compiled_over_plain"]
+            lines.append(f"| {name} | {chosen} | {row['tflops'][chosen]:.0f} | {gain:.2f}x |")
+    lines += ["", "What was asked and not met:", ""]
+    for what, names in found["violations"].items():
+        late = [name for name, why in names.items() if why.startswith("late")]
+        told = [f"{name} {why}" for name, why in names.items() if name not in late]
+        told += [f"not measured, for time was over: {len(late)} awkward cases"] if late else []
+        lines += textwrap.wrap(f"- {what}: {'; '.join(told) or 'nothing'}", 118, subsequent_indent="  ")
+    return [*lines, ""]
 
 
 def fused_kernels(kernels: dict[str, Any]) -> list[str]:
