@@ -152,3 +152,35 @@ def test_a_missing_package_is_an_error_with_its_reason(package):
     q = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
     with pytest.raises(AttentionError, match="cannot compute this"):
         attention(q, q, q, impl="fa3" if package is fa3 else "fa4")
+
+
+def in_memory(case, order):
+    """Lay queries, keys and values out as models do: `bhsd` as they are, `bshd` as projections leave them."""
+    if order == "bhsd":
+        return [t.detach().clone().requires_grad_() for t in case.inputs()]
+    return [t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in case.inputs()]
+
+
+@pytest.mark.parametrize("first", ["bhsd", "bshd"])
+@pytest.mark.parametrize("name", ["fa4", "fa3+fa4", "fa3+cudnn", "cudnn", "flash", "sdpa"])
+@pytest.mark.parametrize("tokens", [512, 4096])
+def test_gradients_do_not_depend_on_the_layout_that_came_first(name, first, tokens):
+    """A package compiles once for a kind of call: what it was compiled for must not show in another layout."""
+    shape = AttentionShape(2, 32, 8, tokens, tokens, 128, is_causal=True)
+    if unsupported(name, shape, device(), backward=True) is not None:
+        pytest.skip(f"{name} does not run here")
+    case = make_case(shape, device(), backward=True, seed=3)
+    weight = torch.randn_like(attend_in(case, in_memory(case, "bhsd"), "math" if tokens < 1024 else "flash"))
+    found = {}
+    for order in (first, "bshd" if first == "bhsd" else "bhsd"):
+        inputs = in_memory(case, order)
+        found[order] = torch.autograd.grad(attend_in(case, inputs, name), inputs, weight)
+    inputs = in_memory(case, "bhsd")
+    want = torch.autograd.grad(attend_in(case, inputs, "math" if tokens < 1024 else "flash"), inputs, weight)
+    for order, got in found.items():
+        for a, b in zip(got, want, strict=True):
+            assert float((a.double() - b.double()).norm() / b.double().norm()) < 2e-2, order
+
+
+def attend_in(case, inputs, name):
+    return attention(*inputs, is_causal=case.shape.is_causal, enable_gqa=True, impl=name)
