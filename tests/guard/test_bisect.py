@@ -58,7 +58,6 @@ def test_a_linear_history_is_halved(repository: Repository, slow_from: int) -> N
     assert len(judge.asked) <= math.ceil(math.log2(19))
     assert [step.commit.revision for step in found.steps] == judge.asked
     assert found.culprit.kind == "revision"
-    assert found.culprit.share == 1.0
     assert made[slow_from] == found.culprit.evidence["commit"]
 
 

@@ -9,7 +9,7 @@ import pytest
 from kernel_pytorch.core.types import Ratio, Verdict
 from kernel_pytorch.guard.compare import _confirmed, _Found, _joined
 from kernel_pytorch.guard.processes import SideFailed
-from kernel_pytorch.guard.side_by_side import Run
+from kernel_pytorch.guard.turns import Run
 
 
 def found() -> _Found:

@@ -12,7 +12,8 @@ import pytest
 from kernel_pytorch.core.types import Verdict
 from kernel_pytorch.guard import compare, worker
 from kernel_pytorch.guard.compare import InterruptedComparison, compare_sides
-from kernel_pytorch.guard.side_by_side import Run, Side, WorkerRunner
+from kernel_pytorch.guard.side_by_side import Side, WorkerRunner
+from kernel_pytorch.guard.turns import Run
 
 BASE = tuple(10.0 + 0.01 * (i % 5) for i in range(40))
 SLOWER = tuple(1.2 * ms for ms in reversed(BASE))
@@ -26,7 +27,8 @@ class Told(WorkerRunner):
 
     def load(self, limits: object) -> None:
         self.told = {"device_key": "cpu", "structure": ["module (root): Net"], "package": str(Path(__file__).parent)}
-        self.told |= {"software": {"kernel_pytorch": "0"}, "memory_total_bytes": 1 << 30}
+        lazily = {"sympy": "1.14"} if self.side.label == "head" else {}
+        self.told |= {"software": {"kernel_pytorch": "0", **lazily}, "memory_total_bytes": 1 << 30}
         self.call_ms = {"main": 1.0}
         if self.pressed_at == "load":
             raise KeyboardInterrupt
@@ -39,6 +41,7 @@ class Told(WorkerRunner):
             "sample": {"ms": 1.0, "telemetry": telemetry},
             "counts": {"counts": {"recompilations": 2, "allocator_retries": 1, "foreign_load_cores": 0.5}},
             "peak": {"peak_bytes": 123},
+            "versions": {"software": dict.fromkeys(request.get("names", ()), "1.14")},
             "profile": {"kernels_ms": {"aten::mm": 10.0 if self.side.label == "base" else 12.0}},
         }[request["op"]]
 
@@ -87,6 +90,7 @@ def test_facts_are_those_that_the_processes_told(told: Sequence[str]) -> None:
     assert found.head.telemetry["memory_total_bytes"] == 1 << 30
     assert found.head.telemetry["warm_up_calls"] == 3
     assert found.head.software["env:OMP_SCHEDULE"] == "static"
+    assert found.base.software["sympy"] == "1.14", "installed for both, imported by one"
     assert found.head.peak_bytes == 123
     assert found.head.kernels_ms == {"aten::mm": 12.0}
     kinds = [culprit.kind for culprit in found.culprits]
@@ -115,13 +119,10 @@ def test_ctrl_c_before_the_first_sample_leaves_nothing_to_keep(told: list[str]) 
     assert not isinstance(caught.value, InterruptedComparison)
 
 
-def test_variables_that_decide_are_told_and_secrets_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_that_decide_are_told_and_secrets_are_not() -> None:
     from kernel_pytorch.hardware import detect
 
-    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
-    monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-123")
-    monkeypatch.setenv("TORCH_HUB_TOKEN", "456")
-    monkeypatch.setenv("HOME_OF", "nothing")
-    found = worker._software(detect("cpu"))
+    environment = {"CUDA_LAUNCH_BLOCKING": "1", "NVIDIA_API_KEY": "nvapi-123", "TORCH_HUB_TOKEN": "456", "OTHER": "no"}
+    found = worker._software(detect("cpu"), environment)
     assert found["env:CUDA_LAUNCH_BLOCKING"] == "1"
-    assert not {"nvapi-123", "456", "nothing"} & {*found.values()}
+    assert not {"nvapi-123", "456", "no"} & {*found.values()}

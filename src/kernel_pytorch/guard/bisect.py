@@ -64,7 +64,7 @@ class Bisection:
         if self.first_bad is not None:
             evidence |= {"commit": self.first_bad.revision, "author": self.first_bad.author}
             evidence["files"] = "\n".join(self.first_bad.files)
-        return Culprit("revision", self.reason, None if self.first_bad is None else 1.0, evidence)
+        return Culprit("revision", self.reason, None, evidence)
 
 
 def bisect(
@@ -178,7 +178,8 @@ class _Walk:
                 verdict, f"skipped ({self.skipped.get(revision)})"
             )
             steps = math.ceil(math.log2(left)) if left else 0
-            self._listen(Event("note", f"bisect: {commit} is {outcome}; {left} left, about {steps} more comparisons"))
+            more = f"; {left} left, about {steps} more comparison{'s' * (steps != 1)}" if steps else ""
+            self._listen(Event("note", f"bisect: {commit} is {outcome}{more}"))
         return verdict
 
     @property

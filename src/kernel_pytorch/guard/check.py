@@ -21,7 +21,7 @@ from kernel_pytorch.measure.stats import paired_ratio
 
 __all__ = ["InterruptedCheck", "check_plan", "here", "refresh_plan"]
 
-MAX_PAIRS = 400
+MAX_PAIRS = 2000
 _REFRESH_PAIRS = 100
 _FEWEST_FRESH = 16
 _CONFIRM_CONFIDENCE = 0.8

@@ -22,7 +22,8 @@ from kernel_pytorch.guard.processes import SideFailed, terminable
 from kernel_pytorch.guard.profile import profile_in_turns
 from kernel_pytorch.guard.revisions import provenance
 from kernel_pytorch.guard.series import SeriesError, check_series, read_series
-from kernel_pytorch.guard.side_by_side import Limits, Run, Side, SideError, WorkerRunner, check_same, take_turns
+from kernel_pytorch.guard.side_by_side import Limits, Side, SideError, WorkerRunner, check_same
+from kernel_pytorch.guard.turns import Run, take_turns
 from kernel_pytorch.guard.types import Comparison, SideFacts
 from kernel_pytorch.measure.stats import paired_ratio
 from kernel_pytorch.validation.regression import Judgement, Sequential, judge_pairs, judge_series
@@ -53,7 +54,7 @@ def compare_sides(
     *,
     max_slowdown: float = 0.03,
     max_seconds: float = 120.0,
-    max_pairs: int = 400,
+    max_pairs: int = 2000,
     name: str = "",
     profile: bool = True,
     same_model: bool = True,
@@ -222,7 +223,8 @@ def _load(
     """Load both sides, one after the other: each may choose kernels by measurement, undisturbed by the other."""
     try:
         for runner in runners:
-            say(f"{runner.side.label}: loading {_shown(runner.side)}")
+            doing = "loading" if runner.side.command is None else "running once:"
+            say(f"{runner.side.label}: {doing} {_shown(runner.side)}")
             runner.load(limits)
     except SideFailed as failure:
         return Run(failure=failure)
@@ -370,7 +372,9 @@ def _facts(
     profiles: list[dict[str, float]] = [{}, {}]
     workers = [one for one in runners if isinstance(one, WorkerRunner)] if run.failure is None else []
     try:
+        names = {name for one in workers for name in one.told["software"]}
         for one in workers:
+            one.complete(names)
             one.count()
             peaks[one.side.label] = one.peak_bytes()
         if profile and workers and found.verdict is Verdict.FAIL:

@@ -174,8 +174,8 @@ def _inputs(torch: Any, batches: Mapping[str, Any]) -> Iterator[str]:
         yield f"inputs of case {case}: " + ", ".join(f"{[*t.shape]} {t.dtype}" for t in tensors)
 
 
-def _software(spec: Any) -> dict[str, str]:
-    """Return versions by name: the device's, and those of every distribution that was imported."""
+def _software(spec: Any, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return versions by name: the device's, those of every distribution that was imported, and telling variables."""
     from importlib import metadata
 
     torch: Any = importlib.import_module("torch")
@@ -196,7 +196,7 @@ def _software(spec: Any) -> dict[str, str]:
     found["setting:deterministic"] = str(torch.are_deterministic_algorithms_enabled())
     if torch.cuda.is_available():
         found["setting:cudnn.benchmark"] = str(torch.backends.cudnn.benchmark)
-    for name, value in os.environ.items():
+    for name, value in environment.items():
         if name.startswith(_TELLING) and not any(word in name for word in _SECRET):
             found[f"env:{name}"] = value
     found.pop("kernel-pytorch", None)
@@ -250,6 +250,7 @@ class _Session:
 
     def __init__(self) -> None:
         self.loaded: _Loaded | None = None
+        self._environment = dict(os.environ)  # before torch adds to it
         self._told_s = 0.0
         self._counted: dict[str, float] | None = None
         self._others_s = self._watched_s = 0.0
@@ -279,7 +280,7 @@ class _Session:
             "device": spec.name,
             "fingerprint": loaded.fingerprint,
             "structure": loaded.structure,
-            "software": _software(spec),
+            "software": _software(spec, self._environment),
             "package": str(Path(str(importlib.import_module("kernel_pytorch").__file__)).parent),
             "first_ms": loaded.first_ms,
             "memory_total_bytes": getattr(spec, "memory_bytes", None),
@@ -309,6 +310,16 @@ class _Session:
         self._others_s += now[0] - busy - (now[1] - own)
         self._watched_s += time.monotonic() - began
         return {"ms": total, **self._telemetry()}
+
+    def _on_versions(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Tell versions of distributions that the other side has imported and this one has not, where installed."""
+        from importlib import metadata
+
+        found = {}
+        for name in request["names"]:
+            with suppress(metadata.PackageNotFoundError):
+                found[name] = metadata.version(name)
+        return {"software": found}
 
     def _on_counts(self, _: Mapping[str, Any]) -> dict[str, Any]:
         """Tell what happened while it was sampled; graph breaks are made when it is compiled, and count from then."""
