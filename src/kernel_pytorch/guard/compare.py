@@ -342,11 +342,13 @@ def _confirmed(found: _Found, run: Run, again: Run, max_slowdown: float) -> _Fou
     fresh = paired_ratio(again.head_ms, again.base_ms, confidence=_CONFIRM_CONFIDENCE)
     told = f"{100.0 * (fresh.value - 1.0):+.1f} % in fresh processes"
     both = _joined(run, again)
-    if fresh.value >= 1.0 + max_slowdown / 3.0 and (
+    again_slower = fresh.value >= 1.0 + max_slowdown / 3.0
+    if again_slower and (
         fresh.low > 1.0 or judge_pairs(both.base_ms, both.head_ms, max_slowdown=max_slowdown).verdict is Verdict.FAIL
     ):
         return replace(found, reason=f"{found.reason}; confirmed by {told}")
-    reason = f"the head was slower in one pair of processes ({seen}), not in another ({told})"
+    outcome = f"which another does not prove ({told})" if again_slower else f"not in another ({told})"
+    reason = f"the head was slower in one pair of processes ({seen}), {outcome}"
     return replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason)
 
 

@@ -184,7 +184,9 @@ def _software(spec: Any, environment: Mapping[str, str]) -> dict[str, str]:
     for top in {name.partition(".")[0] for name in list(sys.modules)}:
         for distribution in owners.get(top, ()):
             with suppress(metadata.PackageNotFoundError):
-                found[distribution.lower()] = metadata.version(distribution)
+                told = metadata.distribution(distribution)
+                if "_vendor" not in str(told.locate_file("")):  # setuptools shows its own while it is imported
+                    found[distribution.lower()] = told.version
     found["torch"] = torch.__version__
     for name, version in (("cuda", torch.version.cuda), ("hip", torch.version.hip)):
         if version:
