@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 
 from kernel_pytorch.core.types import Ratio, Verdict
 from kernel_pytorch.guard.compare import _confirmed, _Found, _joined
+from kernel_pytorch.guard.fresh import judge_fresh
 from kernel_pytorch.guard.processes import SideFailed
 from kernel_pytorch.guard.turns import Run
 
@@ -22,51 +24,68 @@ def run(ratio: float, *, pairs: int = 40, noise: float = 0.01, seed: int = 0) ->
     return Run(tuple(base), tuple(ratio * 100.0 * rng.lognormvariate(0.0, noise) for _ in base))
 
 
+def judged(ratios, *, noise: float = 0.01, seed: int = 0):
+    """Look after each fresh pair of processes, as a comparison does, and return the last look and how many it took."""
+    runs = []
+    for i, ratio in enumerate(ratios):
+        one = run(ratio, noise=noise, seed=1000 * seed + i)
+        runs.append((one.base_ms, one.head_ms))
+        fresh = judge_fresh(runs, 0.03)
+        if fresh.decided:
+            return fresh, len(runs)
+    return fresh, len(runs)
+
+
 @pytest.mark.parametrize("ratio", [1.03, 1.06, 2.0])
 def test_what_fresh_processes_show_again_stands(ratio: float) -> None:
-    seen = _confirmed(found(), run(1.06, seed=99), run(ratio), 0.03)
+    fresh, took = judged([ratio] * 8)
+    assert took == 3
+    seen = _confirmed(found(), fresh, run(ratio))
     assert seen.verdict is Verdict.FAIL
     assert seen.change == found().change
     assert "confirmed by" in seen.reason
+    assert "3 fresh pairs of processes" in seen.reason
 
 
 @pytest.mark.parametrize("ratio", [0.9, 1.0, 1.005])
 def test_what_fresh_processes_do_not_show_is_taken_back(ratio: float) -> None:
-    seen = _confirmed(found(), run(1.06, seed=99), run(ratio), 0.03)
+    fresh, took = judged([ratio] * 8)
+    assert took == 2, "at once"
+    seen = _confirmed(found(), fresh, run(ratio))
     assert seen.verdict is Verdict.INCONCLUSIVE
     assert "+6.0 %" in seen.reason
-    assert "in another" in seen.reason
+    assert "others do not prove" in seen.reason
     assert seen.notes == ["a note"]
 
 
-def confirmations(first: float, second: float, noise: float) -> float:
-    """Share of runs in which a second run at one ratio confirms a first at another."""
-    runs = [
-        _confirmed(found(), run(first, noise=noise, seed=seed), run(second, noise=noise, seed=1000 + seed), 0.03)
-        for seed in range(200)
-    ]
-    return sum(seen.verdict is Verdict.FAIL for seen in runs) / len(runs)
+def share_called_slower(effect: float, luck: float, *, noise: float = 0.02) -> float:
+    """Share of suspected heads that fresh processes confirm, where each pair has luck of its own."""
+    slower = 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        ratios = [math.exp(math.log1p(effect) + rng.gauss(0.0, luck)) for _ in range(8)]
+        slower += judged(ratios, noise=noise, seed=seed)[0].slower
+    return slower / 300
 
 
-def test_the_luck_of_one_pair_of_processes_is_rarely_confirmed_by_another() -> None:
-    assert confirmations(1.05, 1.0, 0.02) <= 0.05
-    assert confirmations(1.2, 1.0, 0.1) <= 0.45  # noise that hides 3 %: what little fresh samples can tell
+@pytest.mark.parametrize("luck", [0.005, 0.02, 0.05])
+def test_the_luck_of_processes_is_rarely_taken_for_a_change(luck: float) -> None:
+    assert share_called_slower(0.0, luck) <= 0.02  # of those suspected, themselves few
 
 
-def test_a_slowdown_at_the_limit_is_confirmed_nearly_always() -> None:
-    assert confirmations(1.03, 1.03, 0.02) >= 0.98
-    assert confirmations(1.08, 1.05, 0.03) >= 0.98
+@pytest.mark.parametrize(("effect", "luck", "least"), [(0.03, 0.003, 0.97), (0.05, 0.01, 0.95), (0.10, 0.02, 0.95)])
+def test_a_change_beyond_luck_is_confirmed(effect: float, luck: float, least: float) -> None:
+    assert share_called_slower(effect, luck, noise=0.01) >= least
 
 
-def test_a_failure_or_too_few_samples_confirm_nothing() -> None:
+def test_a_failure_confirms_nothing() -> None:
     failed = run(1.1, pairs=12)
     failed.failure = SideFailed("head: died", "its last words")
-    for again, why in ((failed, "died"), (run(1.1, pairs=6), "time was up")):
-        seen = _confirmed(found(), run(1.06), again, 0.03)
-        assert seen.verdict is Verdict.INCONCLUSIVE
-        assert why in seen.reason
-        assert "+6.0 %" in seen.reason
-    assert any("last words" in note for note in _confirmed(found(), run(1.06), failed, 0.03).notes)
+    seen = _confirmed(found(), judge_fresh([], 0.03), failed)
+    assert seen.verdict is Verdict.INCONCLUSIVE
+    assert "died" in seen.reason
+    assert "+6.0 %" in seen.reason
+    assert any("last words" in note for note in seen.notes)
 
 
 def test_samples_of_both_runs_are_kept_in_order() -> None:

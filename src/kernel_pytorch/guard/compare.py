@@ -17,6 +17,7 @@ from kernel_pytorch.core.types import Event, Listener, Ratio, Verdict
 from kernel_pytorch.errors import KptError
 from kernel_pytorch.guard.commands import CommandRunner
 from kernel_pytorch.guard.culprit import find_culprits
+from kernel_pytorch.guard.fresh import FEWEST_PAIRS, Fresh, judge_fresh
 from kernel_pytorch.guard.kernel_names import condensed
 from kernel_pytorch.guard.processes import SideFailed, terminable
 from kernel_pytorch.guard.profile import profile_in_turns
@@ -32,8 +33,7 @@ __all__ = ["InterruptedComparison", "compare_series", "compare_sides"]
 
 _LOCK_PATIENCE_S = 1.0
 _BUSY_CORES = 0.25
-_FEWEST_FRESH = 16
-_CONFIRM_CONFIDENCE = 0.8
+_MOST_FRESH = 40
 
 
 class InterruptedComparison(KeyboardInterrupt):
@@ -106,17 +106,9 @@ def compare_sides(
             facts = _facts(runners, run, found, profile=profile and not fresh)
         if fresh and run.interrupted is None:
             say("slower: sampling again in fresh processes")
-            pairs = max(_FEWEST_FRESH, len(run.base_ms))
-            limits = replace(limits, sampling=max(max_seconds - run.seconds, run.seconds))
-            with _sides(base, head) as runners:
-                again = _load(runners, limits, say, same_model=same_model)
-                if again.failure is None:
-                    with _device(say, base):
-                        again = take_turns(*runners, done=_never, limits=limits, max_pairs=pairs, seed=seed + 1)
-                found = _confirmed(found, run, again, max_slowdown)
-                run = _joined(run, again)
-                if again.failure is None:
-                    facts = _facts(runners, run, found, profile=profile)
+            limits = replace(limits, sampling=max((max_seconds - run.seconds) / 3.0, run.seconds))
+            asked = _Asked(base, head, limits, max_slowdown, same_model=same_model, profile=profile, seed=seed, say=say)
+            found, run, facts = _in_fresh_processes(asked, run, found, facts)
     comparison = Comparison(
         kind="compare",
         name=name or _what(head),
@@ -325,30 +317,57 @@ def _told(failure: SideFailed, pairs: int) -> list[str]:
     return [*kept, f"it said last:\n{failure.tail}"] if failure.tail else kept
 
 
-def _confirmed(found: _Found, run: Run, again: Run, max_slowdown: float) -> _Found:
-    """Return the outcome after a second run in fresh processes.
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What fresh processes are asked for."""
 
-    The first has proven that the head was slower. The second is asked whether that was more than the luck of two
-    processes: it must show a third of `max_slowdown`; and either it alone, at a one-sided confidence of 90 %, a
-    slowdown at all, or both together what the first has shown.
-    """
+    base: Side
+    head: Side
+    limits: Limits
+    max_slowdown: float
+    same_model: bool
+    profile: bool
+    seed: int
+    say: Callable[[str], None]
+
+
+def _in_fresh_processes(
+    asked: _Asked, run: Run, found: _Found, facts: list[SideFacts]
+) -> tuple[_Found, Run, list[SideFacts]]:
+    """Return the outcome, all samples and the facts after as many fresh pairs of processes as it takes."""
+    pairs = max(FEWEST_PAIRS, min(len(run.base_ms), _MOST_FRESH))
+    seen: list[tuple[Sequence[float], Sequence[float]]] = []
+    fresh, again = judge_fresh(seen, asked.max_slowdown), run
+    while not fresh.decided and again.failure is None:
+        with _sides(asked.base, asked.head) as runners:
+            again = _load(runners, asked.limits, asked.say, same_model=asked.same_model)
+            if again.failure is None:
+                with _device(asked.say, asked.base):
+                    seed = asked.seed + 1 + len(seen)
+                    again = take_turns(*runners, done=_never, limits=asked.limits, max_pairs=pairs, seed=seed)
+            run = _joined(run, again)
+            if again.failure is None and len(again.base_ms) < FEWEST_PAIRS:
+                again.failure = SideFailed("time was up")
+            if again.failure is None:
+                seen.append((again.base_ms, again.head_ms))
+                fresh = judge_fresh(seen, asked.max_slowdown)
+                asked.say(fresh.told)
+                if fresh.decided:
+                    facts = _facts(runners, run, found, profile=asked.profile and fresh.slower)
+    return _confirmed(found, fresh, again), run, facts
+
+
+def _confirmed(found: _Found, fresh: Fresh, again: Run) -> _Found:
+    """Return the outcome after fresh pairs of processes, the last of which is `again`."""
     assert found.change is not None
     seen = f"{100.0 * (found.change.value - 1.0):+.1f} %"
-    if again.failure is not None or len(again.base_ms) < _FEWEST_FRESH // 2:
-        why = again.failure.reason if again.failure is not None else "time was up"
-        reason = f"the head was slower ({seen}), which fresh processes could not confirm: {why}"
-        notes = _told(again.failure, len(again.head_ms)) if again.failure is not None else []
+    if again.failure is not None:
+        reason = f"the head was slower ({seen}), which fresh processes could not confirm: {again.failure.reason}"
+        notes = _told(again.failure, len(again.head_ms))
         return _Found(Verdict.INCONCLUSIVE, reason, found.change, [*found.notes, *notes])
-    fresh = paired_ratio(again.head_ms, again.base_ms, confidence=_CONFIRM_CONFIDENCE)
-    told = f"{100.0 * (fresh.value - 1.0):+.1f} % in fresh processes"
-    both = _joined(run, again)
-    again_slower = fresh.value >= 1.0 + max_slowdown / 3.0
-    if again_slower and (
-        fresh.low > 1.0 or judge_pairs(both.base_ms, both.head_ms, max_slowdown=max_slowdown).verdict is Verdict.FAIL
-    ):
-        return replace(found, reason=f"{found.reason}; confirmed by {told}")
-    outcome = f"which another does not prove ({told})" if again_slower else f"not in another ({told})"
-    reason = f"the head was slower in one pair of processes ({seen}), {outcome}"
+    if fresh.slower:
+        return replace(found, reason=f"{found.reason}; confirmed by {fresh.told}")
+    reason = f"the head was slower in one pair of processes ({seen}), which others do not prove ({fresh.told})"
     return replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason)
 
 
