@@ -1,10 +1,10 @@
 """Whether a slower head is slow again in fresh processes: the process is the unit, not the sample.
 
 Two processes of one program differ for their own luck (where their memory lies, which core they began on). Of 53 runs
-in which both sides were the same, three were called slower, and one more pair of processes confirmed it; all three were
-among the 18 that are bound by launches (`guard_live_one_pair.json`, CPU). No number of samples of a pair tells its luck
-from a change. So several fresh pairs are run, one estimate each, and Student's t over those decides; the run that raised
-the suspicion is left out, since it was chosen for being slow.
+in which both sides were the same, three were called slower, and one more pair of processes confirmed it; all three
+were among the 18 that are bound by launches (`guard_live_one_pair.json`, CPU). No number of samples of a pair tells its
+luck from a change. So several fresh pairs are run, one estimate each, and Student's t over those decides; the run that
+raised the suspicion is left out, since it was chosen for being slow.
 """
 
 from __future__ import annotations

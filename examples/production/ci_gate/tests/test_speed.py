@@ -16,7 +16,7 @@ def test_passages_are_encoded_at_once_and_not_one_by_one(kpt):
     """Both ways stand in one process: nothing else differs, so that the test needs no other revision."""
     torch.manual_seed(0)
     model = Ranker(workload.VOCABULARY).eval()
-    question, passages = workload.inputs(seed=0)
+    question, passages = (words[..., :2] for words in workload.inputs(seed=0))  # short, so that calls are what costs
 
     def one_by_one():
         scores = [model(question, passages[:, i : i + 1]) for i in range(passages.shape[1])]
