@@ -75,7 +75,7 @@ def test_slower_head_fails_with_the_facts_of_both_sides() -> None:
     assert found.base.fingerprint == found.head.fingerprint != ""
     assert "confirmed by" in found.reason
     assert found.culprits
-    assert sum("turns" in event.message for event in told) == 2
+    assert sum("turns" in event.message for event in told) in (4, 6, 9), "once, and three, five or eight times again"
     assert no_workers_left()
 
 
