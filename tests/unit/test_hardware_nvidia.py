@@ -388,7 +388,9 @@ class FakeCuda:
         return types.SimpleNamespace(replay=lambda: self.log.append("replay"))
 
     @contextlib.contextmanager
-    def graph(self, graph):
+    def graph(self, graph, *, pool, stream):
+        assert pool == (0, 1)
+        assert stream is self
         self.log.append("capture")
         yield
         self.log.append("captured")
@@ -404,9 +406,9 @@ def test_a_graph_is_timed_behind_work_that_hides_its_launch(machine, monkeypatch
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nothing())
     monkeypatch.setattr(torch.cuda, "Stream", lambda: fake)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: fake)
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: log.append("current"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", fake.CUDAGraph)
     monkeypatch.setattr(torch.cuda, "graph", fake.graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "Event", fake.Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("busy"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: log.append("synchronize"))
@@ -415,6 +417,6 @@ def test_a_graph_is_timed_behind_work_that_hides_its_launch(machine, monkeypatch
         manager._scratch = types.SimpleNamespace(zero_=lambda: log.append("flush"))
     times = manager.time_graph_ms(lambda: log.append("work"), samples=2)
     assert times == (0.25, 0.25)
-    prepared = ["wait", "work", "work", "work", "wait", "capture", "work", "captured", "current"]
+    prepared = ["wait", "work", "work", "work", "wait", "capture", "work", "captured"]
     sample = [*(["flush"] if flush else []), "busy", "record", "replay", "record", "synchronize"]
     assert log == prepared + 2 * sample

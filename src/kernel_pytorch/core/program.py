@@ -239,8 +239,8 @@ def model_loss(model: Any, batch: Any) -> torch.Tensor:
     got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(output).__name__
     raise InputsError(
         f"training needs a loss: the model returned {got}, which is no scalar and has none as `.loss` or ['loss']",
-        fix="give a loss(model, batch) to Workload (to kp.prepare, where a plan is applied), or labels among the "
-        "inputs where the model takes them",
+        fix="give Workload(loss=lambda model, batch: ...) (where a plan is applied, kp.prepare(loss=...)), or labels "
+        "among the inputs where the model takes them",
     )
 
 
