@@ -34,6 +34,7 @@ __all__ = ["Outcome", "TravelError", "Workers", "WorkersUnavailableError", "pack
 log = logging.getLogger(__name__)
 
 _LOG_TAIL_BYTES = 16_384
+_DYING_LIMIT_S = 2.0
 _START_LIMIT_S = 180.0
 _GRACE_S = 20.0
 _READ_AT_IMPORT = (
@@ -152,22 +153,26 @@ class Workers:
         for _ in range(3):
             job = _Job(json.dumps(request).encode("utf-8", "surrogateescape"), payload)
             try:
-                if self._launch(job) and job.wait(timeout_s + _GRACE_S):
+                zygote, sent = self._launch(job)
+                if sent and job.wait(timeout_s + _GRACE_S):
                     return job.outcome(time.monotonic() - began, request)
+                # It is dying, and for a moment may not look dead: three tries would all be handed to it.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    zygote.process.wait(_DYING_LIMIT_S)
             finally:
                 job.close()
         raise WorkersUnavailableError("the fork server died three times before it started the job")
 
-    def _launch(self, job: _Job) -> bool:
-        """Hand the job to the fork server; False if that has died."""
+    def _launch(self, job: _Job) -> tuple[_Zygote, bool]:
+        """Hand the job to the fork server; return it, and False if it has died."""
         with self._lock:
             zygote = self._alive()
             try:
                 socket.send_fds(zygote.control, [b"j"], job.remote)
             except OSError:
-                return False
+                return zygote, False
         job.close_remote()
-        return True
+        return zygote, True
 
     def _alive(self) -> _Zygote:
         zygote = self._zygote
