@@ -163,7 +163,7 @@ def in_memory(case, order):
 
 @pytest.mark.parametrize("first", ["bhsd", "bshd"])
 @pytest.mark.parametrize("name", ["fa4", "fa3+fa4", "fa3+cudnn", "cudnn", "flash", "sdpa"])
-@pytest.mark.parametrize("tokens", [512, 4096])
+@pytest.mark.parametrize("tokens", [128, 512, 4096])
 def test_gradients_do_not_depend_on_the_layout_that_came_first(name, first, tokens):
     """A package compiles once for a kind of call: what it was compiled for must not show in another layout."""
     shape = AttentionShape(2, 32, 8, tokens, tokens, 128, is_causal=True)

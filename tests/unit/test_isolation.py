@@ -363,6 +363,30 @@ def test_a_module_that_cannot_be_preloaded_is_told(caplog: pytest.LogCaptureFixt
     assert "no_such_module_anywhere" in caplog.text
 
 
+DRIVER = """
+static int ready;
+int cuInit(unsigned flags) { ready = 1; return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return ready ? 0 : 3; }
+"""
+
+
+def test_a_package_that_uses_the_gpu_on_import_is_not_preloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "driver.c").write_text(DRIVER)
+    driver = tmp_path / "libcuda.so.1"
+    build = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(driver), str(tmp_path / "driver.c")]
+    subprocess.run(build, check=True)
+    (tmp_path / "harmless_part.py").write_text(f"import ctypes; driver = ctypes.CDLL({str(driver)!r})")
+    (tmp_path / "greedy_part.py").write_text("import harmless_part; harmless_part.driver.cuInit(0)")
+    (tmp_path / "which_parts.py").write_text(
+        "import sys\ndef loaded(_): return ' '.join(n for n in ('harmless_part', 'greedy_part') if n in sys.modules)"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with Workers(preload=("harmless_part", "greedy_part")) as workers:
+        assert workers.run("which_parts:loaded", b"", timeout_s=30).value == "harmless_part"
+
+
 def test_an_interpreter_that_cannot_start_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(WorkersUnavailableError, match="/nowhere/python"):

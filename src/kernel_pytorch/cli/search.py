@@ -43,17 +43,20 @@ def default_directory(target: str) -> Path:
     return Path("kpt-" + (re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "plan"))
 
 
-def optimize(*, target: str, budget: float, output: str | None, resume: bool, form: str, **options: Any) -> int:
+def optimize(*, target: str, budget: str | float, output: str | None, resume: bool, form: str, **options: Any) -> int:
     """Search, with progress on stderr, and print the outcome."""
     directory = Path(output) if output else default_directory(target)
     with SearchDirectory(directory):  # refuse at once what would be refused after a minute
         pass
     with quiet_stdout():
+        from kernel_pytorch.backends import manager_for
+        from kernel_pytorch.core.config import budget_seconds
         from kernel_pytorch.core.management.unified_manager import UnifiedManager
         from kernel_pytorch.core.targets import load_target
         from kernel_pytorch.report.progress import live
 
-        config = make_config(budget_s=budget, **options)
+        seconds = budget_seconds(budget, manager_for().vendor) if isinstance(budget, str) else budget
+        config = make_config(budget_s=seconds, **options)
         workload = load_target(target, trust_remote_code=config.trust_remote_code)
         console = stderr_console()
         with live(console) as listen:

@@ -8,10 +8,24 @@ from typing import Any
 from kernel_pytorch.core.types import Mode, Scalar
 from kernel_pytorch.errors import KptError
 
-__all__ = ["BUDGETS_S", "KernelPyTorchConfig"]
+__all__ = ["BUDGETS_S", "GPU_BUDGETS_S", "KernelPyTorchConfig", "budget_seconds"]
 
 BUDGETS_S: dict[str, float] = {"quick": 60.0, "default": 240.0, "thorough": 1800.0}
 """Seconds a search may take, confirmation included, by the name `--budget` accepts."""
+
+GPU_BUDGETS_S: dict[str, float] = {"quick": 150.0, "default": 540.0, "thorough": 1800.0}
+"""The same where compiling is what takes long: one compiled candidate of a training step of 2.8e9 parameters takes
+77 s on an H200, and two of them and the confirmation come before the best is found."""
+
+
+def budget_seconds(name: str, vendor: str) -> float:
+    """Return the seconds that a named budget has on a device.
+
+    Args:
+        name: `quick`, `default` or `thorough`.
+        vendor: As in `DeviceSpec.vendor`.
+    """
+    return (BUDGETS_S if vendor == "cpu" else GPU_BUDGETS_S)[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +34,8 @@ class KernelPyTorchConfig:
 
     Attributes:
         mode: Inference or training.
-        budget_s: Seconds the search may take, the confirmation on fresh samples included.
+        budget_s: Seconds the search may take, the confirmation on fresh samples included; `None`: the default of the
+            device (`BUDGETS_S`, `GPU_BUDGETS_S`).
         max_error: Largest relative error of the worst output row against the high-precision oracle.
         min_gain: Smallest speed-up worth a changed model, as a fraction: 0.02 keeps the original below 1.02x.
         seed: Seed of inputs, perturbations and resampling.
@@ -38,7 +53,7 @@ class KernelPyTorchConfig:
     """
 
     mode: Mode = Mode.INFERENCE
-    budget_s: float = BUDGETS_S["default"]
+    budget_s: float | None = None
     max_error: float = 2e-2
     min_gain: float = 0.02
     seed: int = 0
@@ -52,9 +67,10 @@ class KernelPyTorchConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", Mode(self.mode))
-        for name, low in (("budget_s", 0.0), ("max_error", 0.0), ("trial_timeout_s", 0.0)):
-            if not getattr(self, name) > low:
-                raise KptError(f"{name} must be above {low:g}, got {getattr(self, name)!r}")
+        for name in ("budget_s", "max_error", "trial_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0.0:
+                raise KptError(f"{name} must be above 0, got {value!r}")
         if not 0.0 <= self.min_gain < 1.0:
             raise KptError(f"min_gain must be in [0, 1), got {self.min_gain!r}")
         if self.isolation not in ("process", "none"):
@@ -80,6 +96,10 @@ class KernelPyTorchConfig:
         """Search thoroughly, ask for half the error, and change a model only for a gain of 5 % or more."""
         base = {"budget_s": BUDGETS_S["thorough"], "max_error": 1e-2, "min_gain": 0.05}
         return cls(**{**base, **changes})
+
+    def on(self, vendor: str) -> KernelPyTorchConfig:
+        """Return the configuration with what is left to the device filled in."""
+        return self if self.budget_s is not None else self.but(budget_s=budget_seconds("default", vendor))
 
     def but(self, **changes: Any) -> KernelPyTorchConfig:
         """Return a copy with some fields changed."""

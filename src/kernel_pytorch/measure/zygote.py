@@ -249,6 +249,21 @@ def _supervise(request: dict[str, Any], fds: list[int], wake: IO[bytes]) -> None
 # --- the zygote ------------------------------------------------------------------------------------------------
 
 
+def gpu_was_touched() -> bool:
+    """Return whether this process has initialised CUDA's driver: then what it forks cannot use a GPU.
+
+    A driver that nobody loaded is not. One that is loaded says so by itself: it refuses to count before `cuInit`.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    if "libcuda.so" not in maps:
+        return False
+    count = ctypes.c_int()
+    return bool(ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(count)) == 0)
+
+
 def _wake_pipe() -> IO[bytes]:
     """Return a stream that becomes readable when a child ends."""
     read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -304,12 +319,18 @@ def main(arguments: list[str]) -> None:
     parent = int(arguments[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU must not initialise it
     missing = {}
     for name in arguments[2:]:
         try:
             importlib.import_module(name)
         except Exception as error:  # noqa: BLE001  a broken optional package must not end the search
             missing[name] = f"{type(error).__name__}: {error}"
+        if gpu_was_touched():  # begin again without its package
+            package = name.partition(".")[0]
+            rest = [a for a in arguments if a.partition(".")[0] != package]
+            os.set_inheritable(control.fileno(), True)  # noqa: FBT003
+            os.execv(sys.executable, [sys.executable, "-m", "kernel_pytorch.measure.zygote", *rest])  # noqa: S606
     control.sendall(json.dumps({"missing": missing}).encode() + b"\n")
     with contextlib.suppress(OSError):
         _serve(control, parent)

@@ -150,16 +150,19 @@ def _run(
 def _preload() -> tuple[str, ...]:
     """Return what this process has imported and a worker will need, so that workers start warm.
 
-    Where there is a GPU, only what is known not to touch it: a process that used one cannot fork.
+    Where there is a GPU, no parts of torch that it does not import by itself: a process that used a GPU cannot fork.
+    What else uses one on import, the fork server leaves out.
     """
     ours = "kernel_pytorch.search.jobs"
-    if torch.cuda.is_available():
-        return ("torch", "numpy", ours)
+    gpu = torch.cuda.is_available()
     loaded = [
         name
         for name, module in list(sys.modules.items())
         if name.partition(".")[0] in _PRELOADED
         and getattr(module, "__spec__", None) is not None
         and getattr(module.__spec__, "origin", None) not in (None, "built-in")
+        and not (gpu and name.partition(".")[0] in ("torch", "torchao"))
     ]
+    if gpu:
+        loaded.insert(0, "torch")
     return (*loaded, ours)

@@ -76,23 +76,28 @@ class Search:
             candidate = strategy.next()
         chosen = self._confirm()
         evidence = tuple(self._explained(t, chosen.candidate, strategy) for t in self.evidence)
-        reason = f"the budget of {self.config.budget_s:.0f} s was spent"
+        reason = f"the budget of {self._budget_s:.0f} s was spent"
         return Outcome(chosen, evidence, strategy.untried(reason))
 
+    @property
+    def _budget_s(self) -> float:
+        assert self.config.budget_s is not None, "the budget is left to a device: KernelPyTorchConfig.on()"
+        return self.config.budget_s
+
     def _time_left(self) -> float:
-        return self.config.budget_s - (time.monotonic() - self.started)
+        return self._budget_s - (time.monotonic() - self.started)
 
     def _reserve(self) -> float:
         """Return the seconds to keep: for the next trial and the confirmation, each what a trial has taken so far."""
         best = finalists(self.evidence, self.config.min_gain, most=1)
         confirmation = _warm_seconds(best[0]) if best else 0.0
-        return confirmation + _CONFIRM_SHARE * self.config.budget_s + max(t.seconds for t in self.evidence) / 2
+        return confirmation + _CONFIRM_SHARE * self._budget_s + max(t.seconds for t in self.evidence) / 2
 
     def _try(self, candidate: Candidate, phase: str, pairs: int = 0, seconds: float = 0.0) -> Trial:
         request = TrialRequest(
             candidate,
             phase=phase,
-            seconds=seconds or _SCREEN_SHARE * self.config.budget_s,
+            seconds=seconds or _SCREEN_SHARE * self._budget_s,
             pairs=pairs,
             seed=self.config.seed + (_SEED_OF_CONFIRMATION if phase == "confirm" else 0),
             memo_dir=self.jobs.memo_dir,
@@ -122,7 +127,7 @@ class Search:
         not yet spent.
         """
         for i, finalist in enumerate(finalists(self.evidence, self.config.min_gain)):
-            if i and self._time_left() < -0.25 * self.config.budget_s:
+            if i and self._time_left() < -0.25 * self._budget_s:
                 break
             done = [t for t in self.evidence if t.phase == "confirm" and t.candidate == finalist.candidate]
             trial = done[0] if done else self._try(finalist.candidate, "confirm", *self._confirmation(finalist))
@@ -149,7 +154,7 @@ class Search:
                 trial=trial,
                 candidate=candidate,
                 elapsed_s=elapsed,
-                budget_s=self.config.budget_s,
+                budget_s=self._budget_s,
             )
         )
 
@@ -159,7 +164,7 @@ class Search:
         assert m is not None
         pairs = confirm_pairs(m.ratio, len(m.samples_ms))
         needed = 3.0 * pairs * (m.median_ms + m.baseline_median_ms) / 1e3
-        return pairs, min(max(needed, _CONFIRM_SHARE * self.config.budget_s), 5.0 + 0.25 * self.config.budget_s)
+        return pairs, min(max(needed, _CONFIRM_SHARE * self._budget_s), 5.0 + 0.25 * self._budget_s)
 
 
 def _warm_seconds(trial: Trial) -> float:

@@ -86,7 +86,7 @@ class UnifiedValidator:
         """
         return judge_speed(
             candidate, reference, as_call(inputs), training=self.config.mode is Mode.TRAINING,
-            max_seconds=min(30.0, self.config.budget_s), max_slowdown=max_slowdown,
+            max_seconds=min(30.0, self.config.budget_s or 30.0), max_slowdown=max_slowdown,
         )  # fmt: skip
 
 

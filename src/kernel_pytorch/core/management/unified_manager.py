@@ -39,9 +39,9 @@ class UnifiedManager:
     """
 
     def __init__(self, config: KernelPyTorchConfig | None = None, transforms: Sequence[Transform] = TRANSFORMS) -> None:
-        self.config = config or KernelPyTorchConfig()
-        self.transforms = tuple(transforms)
         self.hardware_manager: HardwareManager = manager_for()
+        self.config = (config or KernelPyTorchConfig()).on(self.hardware_manager.vendor)
+        self.transforms = tuple(transforms)
 
     def predict(self, workload: Workload) -> tuple[WorkloadSpec, Prediction, Proposals]:
         """Say what could help and by how much, without trying anything."""
