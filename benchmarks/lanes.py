@@ -2,12 +2,13 @@
 
     python benchmarks/lanes.py JOBS.json -o LOGS
 
-JOBS.json is a list of lanes, each `{"device": 0, "jobs": [{"name": ..., "command": ..., "timeout": 600,
-"exclusive": false}, ...]}`; a lane runs its jobs one after another with `CUDA_VISIBLE_DEVICES` set to its device. Most
-of a search is compiling, importing and judging, so several share a device well; but what is timed must be alone.
-Whoever holds this package's lock of a device (every measurement does) makes the other lanes of that device stop: their
-processes that use the GPU get SIGSTOP, and SIGCONT when the lock is free again. An `exclusive` job holds the lock from
-its beginning to its end. Time that a lane was stopped counts against its deadlines and its budget.
+JOBS.json is `{"lanes": [{"device": 0, "jobs": [JOB, ...]}, ...], "shared": [JOB, ...]}`, and a JOB
+`{"name": ..., "command": ..., "timeout": 600, "exclusive": false}`. A lane runs its jobs one after another with
+`CUDA_VISIBLE_DEVICES` set to its device, then takes from the shared ones. Most of a search is compiling, importing and
+judging, so several share a device well; but what is timed must be alone. Whoever holds this package's lock of a device
+(every measurement does) makes the other lanes of that device stop: their processes that use the GPU get SIGSTOP, and
+SIGCONT when the lock is free again. Time that a lane was stopped counts against its deadlines and its budget. An
+`exclusive` job waits until the other lanes of its device are between two jobs, and they wait for its end.
 """
 
 from __future__ import annotations
@@ -27,10 +28,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _POLL_S = 0.03
-_ALONE = (
-    "import subprocess, sys; from kernel_pytorch.backends import manager_for\n"
-    "with manager_for().exclusive(): sys.exit(subprocess.run(sys.argv[1], shell=True).returncode)"
-)
 
 
 @dataclass(slots=True)
@@ -42,12 +39,15 @@ class Lane:
         root: Process of the running job; 0 between jobs.
         stopped: Processes that wait for another lane's measurement.
         stopped_s: Seconds that the running job has been stopped.
+        alone: Whether it runs an exclusive job, or waits for the others in order to.
     """
 
     device: int
     root: int = 0
     stopped: set[int] = field(default_factory=set)
     stopped_s: float = 0.0
+    alone: bool = False
+    running: bool = False
 
 
 def parents() -> dict[int, int]:
@@ -135,35 +135,71 @@ class Conductor(threading.Thread):
             set(send(lane.stopped, signal.SIGCONT))
 
 
-def run_lane(lane: Lane, jobs: list[dict], logs: Path, told: list[dict]) -> None:
-    """Run a lane's jobs in order; each has a log of its own and a row in `told`."""
-    for job in jobs:
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(lane.device)}
-        command = [sys.executable, "-c", _ALONE, job["command"]] if job.get("exclusive") else job["command"]
-        began = time.monotonic()
-        lane.stopped_s = 0.0
-        with (logs / f"{job['name']}.log").open("w") as log:
-            process = subprocess.Popen(
-                command,
-                shell=isinstance(command, str),
-                env=environment,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            lane.root = process.pid
-            try:
-                code: int | str = process.wait(job.get("timeout", 600))
-            except subprocess.TimeoutExpired:
-                code = "timeout"
-                for pid in sorted(tree(process.pid, parents())):
-                    set(send([pid], signal.SIGKILL))
-                process.wait()
-            lane.root, lane.stopped = 0, set()
-        row = {"name": job["name"], "device": lane.device, "exit": code, "stopped_s": round(lane.stopped_s, 1)}
-        told.append({**row, "seconds": round(time.monotonic() - began, 1)})
-        (logs / "lanes.json").write_text(json.dumps(told, indent=1) + "\n")
+class Turns:
+    """Lets an exclusive job wait for the other lanes of its device, and them for it."""
+
+    def __init__(self, lanes: list[Lane]) -> None:
+        self.lanes = lanes
+        self.changed = threading.Condition()
+
+    def begin(self, lane: Lane, *, exclusive: bool) -> None:
+        """Wait for the lane's turn."""
+        others = [other for other in self.lanes if other is not lane and other.device == lane.device]
+        with self.changed:
+            self.changed.wait_for(lambda: not any(other.alone for other in others))
+            lane.alone = exclusive
+            if exclusive:
+                self.changed.wait_for(lambda: not any(other.running for other in others))
+            lane.running = True
+
+    def end(self, lane: Lane) -> None:
+        """Let others go on."""
+        with self.changed:
+            lane.alone = lane.running = False
+            self.changed.notify_all()
+
+
+def taken(own: list[dict], shared: list[dict], lock: threading.Lock) -> Iterator[dict]:
+    """Yield a lane's own jobs, then what it takes from the shared ones."""
+    yield from own
+    while True:
+        with lock:
+            if not shared:
+                return
+            job = shared.pop(0)
+        yield job
+
+
+def run_job(lane: Lane, job: dict, logs: Path) -> dict:
+    """Run one job to its end or its timeout and return its row; it has a log of its own."""
+    began = time.monotonic()
+    lane.stopped_s = 0.0
+    with (logs / f"{job['name']}.log").open("w") as log:
+        process = subprocess.Popen(
+            job["command"],
+            shell=True,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": str(lane.device)},
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        lane.root = process.pid
+        try:
+            code: int | str = process.wait(job.get("timeout", 600))
+        except subprocess.TimeoutExpired:
+            code = "timeout"
+            set(send(tree(process.pid, parents()), signal.SIGKILL))
+            process.wait()
+        lane.root, lane.stopped = 0, set()
+    seconds = round(time.monotonic() - began, 1)
+    return {
+        "name": job["name"],
+        "device": lane.device,
+        "exit": code,
+        "seconds": seconds,
+        "stopped_s": round(lane.stopped_s, 1),
+    }
 
 
 def main() -> int:
@@ -173,13 +209,22 @@ def main() -> int:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     asked = json.loads(args.jobs.read_text())
-    lanes = [Lane(lane["device"]) for lane in asked]
+    lanes = [Lane(lane["device"]) for lane in asked["lanes"]]
+    shared, lock, turns = list(asked.get("shared", [])), threading.Lock(), Turns(lanes)
     told: list[dict] = []
+
+    def run_lane(lane: Lane, own: list[dict]) -> None:
+        for job in taken(own, shared, lock):
+            turns.begin(lane, exclusive=job.get("exclusive", False))
+            told.append(run_job(lane, job, args.output))
+            turns.end(lane)
+            (args.output / "lanes.json").write_text(json.dumps(told, indent=1) + "\n")
+
     conductor = Conductor(lanes)
     conductor.start()
     threads = [
-        threading.Thread(target=run_lane, args=(lane, one["jobs"], args.output, told))
-        for lane, one in zip(lanes, asked, strict=True)
+        threading.Thread(target=run_lane, args=(lane, one["jobs"]))
+        for lane, one in zip(lanes, asked["lanes"], strict=True)
     ]
     for thread in threads:
         thread.start()
