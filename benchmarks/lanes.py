@@ -4,11 +4,12 @@
 
 JOBS.json is `{"lanes": [{"device": 0, "jobs": [JOB, ...]}, ...], "shared": [JOB, ...]}`, and a JOB
 `{"name": ..., "command": ..., "timeout": 600, "exclusive": false}`. A lane runs its jobs one after another with
-`CUDA_VISIBLE_DEVICES` set to its device, then takes from the shared ones. Most of a search is compiling, importing and
-judging, so several share a device well; but what is timed must be alone. Whoever holds this package's lock of a device
-(every measurement does) makes the other lanes of that device stop: their processes that use the GPU get SIGSTOP, and
-SIGCONT when the lock is free again. Time that a lane was stopped counts against its deadlines and its budget. An
-`exclusive` job waits until the other lanes of its device are between two jobs, and they wait for its end.
+`CUDA_VISIBLE_DEVICES` set to its device, then takes from the shared ones, which may be added to meanwhile. Most of a
+search is compiling, importing and judging, so several share a device well; but what is timed must be alone. Whoever
+holds this package's lock of a device (every measurement does) makes the other lanes of that device stop: their
+processes that use the GPU get SIGSTOP, and SIGCONT when the lock is free again. Time that a lane was stopped counts
+against its deadlines and its budget. An `exclusive` job waits until the other lanes of its device are between two jobs,
+and they wait for its end.
 """
 
 from __future__ import annotations
@@ -159,14 +160,15 @@ class Turns:
             self.changed.notify_all()
 
 
-def taken(own: list[dict], shared: list[dict], lock: threading.Lock) -> Iterator[dict]:
-    """Yield a lane's own jobs, then what it takes from the shared ones."""
+def taken(own: list[dict], path: Path, begun: set[str], lock: threading.Lock) -> Iterator[dict]:
+    """Yield a lane's own jobs, then the shared ones that no lane has begun, as the file has them at that time."""
     yield from own
     while True:
         with lock:
-            if not shared:
+            job = next((job for job in json.loads(path.read_text())["shared"] if job["name"] not in begun), None)
+            if job is None:
                 return
-            job = shared.pop(0)
+            begun.add(job["name"])
         yield job
 
 
@@ -210,11 +212,12 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     asked = json.loads(args.jobs.read_text())
     lanes = [Lane(lane["device"]) for lane in asked["lanes"]]
-    shared, lock, turns = list(asked.get("shared", [])), threading.Lock(), Turns(lanes)
+    begun: set[str] = set()
+    lock, turns = threading.Lock(), Turns(lanes)
     told: list[dict] = []
 
     def run_lane(lane: Lane, own: list[dict]) -> None:
-        for job in taken(own, shared, lock):
+        for job in taken(own, args.jobs, begun, lock):
             turns.begin(lane, exclusive=job.get("exclusive", False))
             told.append(run_job(lane, job, args.output))
             turns.end(lane)
