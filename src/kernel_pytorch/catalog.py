@@ -17,6 +17,7 @@ from kernel_pytorch.transforms.channels_last import ChannelsLast
 from kernel_pytorch.transforms.compile import Compile
 from kernel_pytorch.transforms.cuda_graph import CudaGraph
 from kernel_pytorch.transforms.dtype import Dtype
+from kernel_pytorch.transforms.float8 import Float8
 from kernel_pytorch.transforms.fused_optimizer import FusedOptimizer
 from kernel_pytorch.transforms.int8_eager import Int8Eager
 from kernel_pytorch.transforms.kernel_swap import KernelSwap
@@ -42,6 +43,7 @@ TRANSFORMS: tuple[Transform, ...] = (
     PrecisionPolicy(),
     KernelSwap(),
     Rope(),
+    Float8(),
     LinearAlgorithm(),
     LossHead(),
     Prepack(),

@@ -31,7 +31,8 @@ def matrix() -> list[tuple[CompileCase, Target]]:
         for case in cases_of(path):
             first = case.kernel.__name__ not in seen
             seen.add(case.kernel.__name__)
-            pairs += [(case, t) for t in TARGETS if EVERYWHERE or first or t.name == "sm_90"]
+            wanted = [t for t in TARGETS if case.targets is None or t.name in case.targets]
+            pairs += [(case, t) for t in wanted if EVERYWHERE or first or t.name == "sm_90"]
     return pairs
 
 

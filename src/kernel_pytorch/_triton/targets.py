@@ -55,6 +55,7 @@ class CompileCase:
         divisible: Arguments that are multiples of 16 (pointers: aligned to 16 bytes), as a launch would find out;
             `None` means all pointers and integers. It decides how wide accesses are.
         label: For test names, where one kernel has several cases: `bf16`, `residual`, ...
+        targets: Names of the targets it is for, where a format needs newer ones; `None` means all.
     """
 
     kernel: Any
@@ -64,6 +65,7 @@ class CompileCase:
     num_stages: int | None = None
     divisible: tuple[str, ...] | None = None
     label: str = ""
+    targets: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:

@@ -1,0 +1,147 @@
+"""A training step with linear layers in FP8 beside the same step in bf16: milliseconds, kernels by class, memory.
+
+    python benchmarks/float8_step.py benchmarks/training_jobs.py:llama -o benchmarks/results/DEVICE/float8_step.json
+
+Steps are applied by hand, as `kpt optimize` would: everything that is known to help in bf16, then the same with
+`float8`. Each variant builds its own model. Variants that the file
+has are not run again (`--again` runs them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import gc
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from step_profile import class_of
+from torch.profiler import ProfilerActivity, profile
+
+import kernel_pytorch as kp
+from kernel_pytorch.backends import manager_for
+from kernel_pytorch.catalog import apply_candidate, find
+from kernel_pytorch.core.describe import make_optimizer, training_loss
+from kernel_pytorch.core.program import begin, ship
+from kernel_pytorch.core.types import Candidate, Mode, Step
+from kernel_pytorch.precision.recipes import RECIPES
+from kernel_pytorch.search.bench import prepare_bench
+
+BF16: list[tuple[str, dict[str, Any]]] = [
+    ("causal_mask", {}), ("rope", {}), ("loss_head", {}), ("compile", {"mode": "default", "scope": "loss"}),
+    ("adamw", {}),
+]  # fmt: skip
+
+
+def variants(device: kp.DeviceSpec) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """Return the steps by variant, less those that cannot run on this machine."""
+    base = [(name, params) for name, params in BF16 if find(name).probe(device) is None]
+    return {"bf16": base} | {f"float8 {name}": [*base, ("float8", {"recipe": name})] for name in RECIPES}
+
+
+def run(target: str, steps: list[tuple[str, dict[str, Any]]], repeats: int) -> dict[str, Any]:
+    workload, manager = kp.load_target(target), manager_for()
+    bench = prepare_bench(workload, kp.KernelPyTorchConfig.for_training(), manager, seed=0)
+    loss, optimizer = training_loss(workload), make_optimizer(workload, bench.model.parameters())
+    program = begin(bench.model, Mode.TRAINING, bench.calls, optimizer=optimizer, loss=loss)
+    program = apply_candidate(program, Candidate(tuple(Step(name, params) for name, params in steps)))
+    model = ship(program, bench.model)
+    batch = next(iter(bench.batches.values()))
+    losses = []
+
+    def step() -> Any:
+        value = kp.fused_loss(model, batch)
+        value.backward()
+        program.optimizer.step()
+        program.optimizer.zero_grad(set_to_none=True)
+        losses.append(value.detach())
+        return value
+
+    for _ in range(3):
+        step()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    samples = [manager.time_ms(step) for _ in range(repeats)]
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    by_class: collections.Counter[str] = collections.Counter()
+    kernels: collections.Counter[str] = collections.Counter()
+    calls: collections.Counter[str] = collections.Counter()
+    profiled = 2
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
+        for _ in range(profiled):
+            step()
+        manager.synchronize()
+    for event in recorded.key_averages():
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if spent > 0:
+            kernels[event.key] += spent / 1e3 / profiled
+            calls[event.key] += event.count
+            label = "float8 casts" if event.key.startswith("float8_") else class_of(event.key)
+            by_class[label] += spent / 1e3 / profiled
+    return {
+        "ms": statistics.median(samples),
+        "samples_ms": samples,
+        "peak_bytes": peak,
+        "losses": [float(x) for x in losses],
+        "notes": list(program.notes),
+        "by_class_ms": dict(by_class.most_common()),
+        "kernels": [{"name": n, "ms": ms, "calls": calls[n] / profiled} for n, ms in kernels.most_common(40)],
+        "telemetry": dict(manager.telemetry()),
+    }
+
+
+def show(name: str, row: dict[str, Any], first: float) -> None:
+    if "error" in row:
+        print(f"{name:30s} {row['error']}")
+        return
+    peak = row["peak_bytes"]
+    memory = f"{peak / 2**30:5.1f} GiB" if peak else ""
+    classes = ", ".join(f"{k} {v:.1f}" for k, v in row["by_class_ms"].items())
+    print(f"{name:30s} {row['ms']:7.1f} ms {first / row['ms']:5.2f}x {memory}  loss {row['losses'][-1]:.4f}  {classes}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--only", default="", help="variants whose name contains one of these, by commas")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--again", action="store_true", help="run what the file has already")
+    parser.add_argument("--kernels", type=int, default=12, help="kernels to print for each variant")
+    args = parser.parse_args()
+    manager = manager_for()
+    artefact: dict[str, Any] = {
+        "device": manager.spec.key, "software": dict(manager.spec.software), "target": args.target, "variants": {},
+    }  # fmt: skip
+    if args.output.exists():
+        artefact["variants"] = json.loads(args.output.read_text())["variants"]
+    wanted = [part for part in args.only.split(",") if part]
+    rows: dict[str, Any] = artefact["variants"]
+    for name, steps in variants(manager.spec).items():
+        if wanted and not any(part in name for part in wanted):
+            continue
+        if args.again or name not in rows:
+            torch._dynamo.reset()
+            try:
+                row = run(args.target, steps, args.repeats)
+                rows[name] = row
+            except (RuntimeError, ValueError) as failure:
+                row = {"error": f"{type(failure).__name__}: {failure}"[:600]}
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(artefact, indent=1) + "\n")
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        else:
+            row = rows[name]
+        show(name, row, rows.get("bf16", row).get("ms", row.get("ms", 0.0)))
+        for kernel in row.get("kernels", [])[: args.kernels]:
+            print(f"{kernel['ms']:12.2f} ms {kernel['calls']:6.0f} x  {kernel['name'][:100]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What users call: `float8_cast`, and `unsupported`, which says where its kernel does not run."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from kernel_pytorch._triton.launch import INTERPRETED, cannot_run
+from kernel_pytorch.core.types import Skip
+from kernel_pytorch.errors import InputsError
+from kernel_pytorch.ops.float8_cast.layout import FORMATS
+from kernel_pytorch.ops.float8_cast.op import float8_cast_op
+
+__all__ = ["Float8Matrix", "Role", "float8_cast", "unsupported"]
+
+Role = Literal["forward", "backward", "read"]
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LEAST_CAPABILITY = (8, 9)
+
+
+class Float8Matrix(NamedTuple):
+    """A matrix in FP8 as products take it: rows adjacent, and transposed; `row * inverse` is about the matrix.
+
+    Attributes:
+        row: `[rows, columns]`, or empty where not asked for.
+        transposed: `[columns, padded(rows)]`, zero beyond `rows`, or empty.
+        inverse: Float32 `[1]`.
+    """
+
+    row: torch.Tensor
+    transposed: torch.Tensor
+    inverse: torch.Tensor
+
+
+def unsupported(x: torch.Tensor) -> Skip | None:
+    """Return why the kernel does not run on this tensor; `None` where it does."""
+    if x.dtype not in _DTYPES:
+        return Skip(f"the kernel takes bfloat16, float16 and float32, got {x.dtype}")
+    skip = cannot_run(x)
+    if skip is None and x.is_cuda and not INTERPRETED and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(x.device)
+        if capability < _LEAST_CAPABILITY:
+            return Skip(f"FP8 needs compute capability 8.9 or newer, this GPU has {capability[0]}.{capability[1]}")
+    return skip
+
+
+def float8_cast(
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    state: torch.Tensor | None = None,
+    *,
+    row: bool = True,
+    transposed: bool = True,
+    role: Role = "forward",
+    power_of_2: bool = False,
+) -> Float8Matrix:
+    """Return a matrix in FP8 with one scale, in one pass over memory where the scale is known beforehand.
+
+    On a GPU by a kernel, on a CPU by the definition (an emulation, for tests). Values are rounded to nearest even and
+    saturate; what is not finite becomes NaN. There is no gradient.
+
+    Args:
+        x: `[rows, columns]`, bfloat16, float16 or float32 (on a CPU also float64).
+        dtype: `torch.float8_e4m3fn` or `torch.float8_e5m2`.
+        state: Of a delayed scale (`fresh_state`), written: the scale is set by the largest magnitude of the last casts.
+            `None`, and where nothing is known yet, scales by the largest magnitude of `x` itself, which reads it twice.
+        row: Whether the row-major copy is wanted.
+        transposed: Whether the transposed copy is wanted.
+        role: `read` uses the state without changing it; `forward` does not move the scale where the autograd engine
+            runs, that is where a checkpoint recomputes.
+        power_of_2: Round scales down to powers of two.
+
+    Raises:
+        InputsError: Shape or dtypes do not fit.
+    """
+    if x.dim() != 2 or dtype not in FORMATS.values() or not x.is_floating_point():
+        raise InputsError(f"float8_cast takes a floating-point matrix and an FP8 format, got {[*x.shape]} and {dtype}")
+    return Float8Matrix(*float8_cast_op(x.detach(), state, dtype, row, transposed, role, power_of_2))

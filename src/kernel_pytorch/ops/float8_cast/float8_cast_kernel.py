@@ -1,0 +1,290 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, operator"
+# ruff: noqa: ANN001, ANN202, C901, N803, PLR0917
+"""Triton kernels that cast to FP8 with one scale: rows, the transposed copy and the next amax in one pass.
+
+Least traffic for a bfloat16 input of `n` elements, in bytes: 4 n with both copies (read 2, write 1 and 1), 3 n with
+one; a scale that is not known beforehand costs another read of 2 n.
+
+Four rows at a time become the bytes of a 32-bit word, so that the transposition moves words through shared memory:
+a word of the tile is a word of the transposed copy. The largest magnitude is an integer maximum over the bits of
+absolute values: NaN and infinity are above all numbers there, and the order of the atomics does not matter.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kernel_pytorch._triton.launch import multiprocessors, next_power_of_2, on_device_of
+from kernel_pytorch._triton.targets import CompileCase
+from kernel_pytorch.ops.float8_cast.layout import padded
+
+__all__ = ["COMPILE_CASES", "Tile", "cast"]
+
+FP8_TARGETS = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950")
+_PREPARE_BLOCK, _PREPARE_WARPS, _PROGRAMS_EACH = 8192, 8, 4
+
+
+class Tile(NamedTuple):
+    """Rows and columns that one program casts, and its warps."""
+
+    rows: int = 128
+    columns: int = 128
+    warps: int = 8
+
+
+@triton.jit
+def scale_for(amax, limit, POWER_OF_2: tl.constexpr):
+    """Return the factor that brings `amax` to `limit`, at most 2^126, and 1 for an amax of zero."""
+    scale = tl.minimum(limit / tl.where(amax > 0, amax, limit), 8.507059173023462e37)
+    if POWER_OF_2:
+        scale = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def magnitude(value):
+    """Return the bits of the absolute value of float32: ordered as the values are, NaN last."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def to_float8(value, scale, limit, kind: tl.constexpr):
+    """Return `value * scale`, saturated, in FP8; NaN for what is not finite."""
+    scaled = tl.minimum(tl.maximum(value * scale, -limit), limit)
+    return tl.where(magnitude(value) < 0x7F800000, scaled, float("nan")).to(kind)
+
+
+@triton.jit
+def _scale_of_partials(partials, limit, PARTIALS: tl.constexpr, POWER_OF_2: tl.constexpr):
+    amax = tl.max(tl.load(partials + tl.arange(0, PARTIALS)), axis=0).to(tl.float32, bitcast=True)
+    scale = scale_for(amax, limit, POWER_OF_2)
+    inverse = 1.0 / tl.where(scale > 0, scale, 1.0)
+    return scale, tl.where(magnitude(amax) < 0x7F800000, inverse, float("nan")), amax
+
+
+@triton.jit
+def known_scale(state, partials, limit, PARTIALS: tl.constexpr, POWER_OF_2: tl.constexpr):
+    """Return (scale, inverse, amax, whether it is new): the state's scale, or that of the partial maxima."""
+    if state is None:
+        scale, inverse, amax = _scale_of_partials(partials, limit, PARTIALS, POWER_OF_2)
+        fresh = True
+    else:
+        scale = tl.load(state + 2)
+        fresh = scale == 0.0
+        inverse = 1.0 / tl.where(fresh, 1.0, scale)
+        amax = 0.0
+        if fresh:
+            scale, inverse, amax = _scale_of_partials(partials, limit, PARTIALS, POWER_OF_2)
+    return scale, inverse, amax, fresh
+
+
+@triton.jit
+def _partial_amax(x, partials, n, BLOCK: tl.constexpr):
+    most = tl.zeros([BLOCK], tl.int32)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    for start in range(first, n, tl.num_programs(0).to(tl.int64) * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        most = tl.maximum(most, magnitude(tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)))
+    tl.store(partials + tl.program_id(0), tl.max(most, axis=0))
+
+
+@triton.jit
+def float8_prepare_kernel(
+    x,
+    state,
+    partials,
+    n,
+    limit,
+    ROLL: tl.constexpr,
+    HISTORY: tl.constexpr,
+    POWER_OF_2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Find the amax of `x` where no scale is known; else take the amax of the last cast into the history."""
+    program = tl.program_id(0)
+    if state is None:
+        _partial_amax(x, partials, n, BLOCK)
+    else:
+        scale = tl.load(state + 2)
+        if scale == 0.0:
+            _partial_amax(x, partials, n, BLOCK)
+        elif ROLL and program == 0:
+            slot = tl.arange(0, HISTORY)
+            place = tl.load(state).to(tl.int32)
+            last = tl.load(state + 1)
+            seen = tl.load(state + 3 + slot)
+            valid = (last > 0.0) & (last < float("inf"))
+            seen = tl.where(slot == tl.where(valid, place, -1), last, seen)
+            tl.store(state + 3 + slot, seen)
+            tl.store(state, tl.where(valid, (place + 1) % HISTORY, place).to(tl.float32))
+            tl.store(state + 1, 0.0)
+            most_seen = tl.max(seen, axis=0)
+            tl.store(state + 2, tl.where(most_seen > 0.0, scale_for(most_seen, limit, POWER_OF_2), scale))
+
+
+@triton.jit
+def float8_cast_kernel(
+    x,
+    row_out,
+    column_out,
+    state,
+    state_bits,
+    partials,
+    inverse_out,
+    rows,
+    columns,
+    row_stride,
+    column_stride,
+    blocks,
+    limit,
+    FORMAT: tl.constexpr,
+    UPDATE: tl.constexpr,
+    POWER_OF_2: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Cast a tile; `column_out` is the transposed copy as words of four rows, `row_stride` counts elements of both."""
+    kind: tl.constexpr = tl.float8e4nv if FORMAT == "e4m3" else tl.float8e5
+    program = tl.program_id(0)
+    scale, inverse, amax, fresh = known_scale(state, partials, limit, PARTIALS, POWER_OF_2)
+    first = (program // blocks).to(tl.int64) * (ROWS // 4) + tl.arange(0, ROWS // 4)
+    column = (program % blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (column < columns)[None, :]
+    most = tl.zeros([ROWS // 4, COLUMNS], tl.int32)
+    word = tl.zeros([ROWS // 4, COLUMNS], tl.int32)
+    for j in tl.static_range(4):
+        row = first * 4 + j
+        mask = (row < rows)[:, None] & inside
+        value = tl.load(x + row[:, None] * columns + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if UPDATE:
+            most = tl.maximum(most, magnitude(value))
+        small = to_float8(value, scale, limit, kind)
+        if row_out is not None:
+            tl.store(row_out + row[:, None] * row_stride + column[None, :], small, mask=mask)
+        if column_out is not None:
+            word |= small.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * j)
+    if column_out is not None:
+        at = column[:, None] * column_stride + first[None, :]
+        tl.store(column_out + at, tl.trans(word), mask=(column < columns)[:, None] & (first < column_stride)[None, :])
+    if program == 0:
+        tl.store(inverse_out, inverse)
+    if UPDATE:
+        tile_most = tl.max(tl.max(most, axis=1), axis=0)
+        usable = (amax > 0.0) & (amax < float("inf"))
+        if fresh:
+            # All write the same scale, so that it does not matter which cast or program reads it when.
+            if usable & (program == 0):
+                tl.store(state + 2, scale)
+            if usable:
+                tl.atomic_max(state_bits + 1, tile_most, sem="relaxed")
+        else:
+            tl.atomic_max(state_bits + 1, tile_most, sem="relaxed")
+
+
+def cast(
+    x: torch.Tensor,
+    state: torch.Tensor | None,
+    dtype: torch.dtype,
+    *,
+    row: bool,
+    transposed: bool,
+    update: bool,
+    roll: bool,
+    power_of_2: bool = False,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `(row, transposed, inverse)`; see `op.float8_cast_op`."""
+    rows, columns = x.shape
+    x = x.contiguous()
+    row_out = x.new_empty((rows, columns) if row else (0,), dtype=dtype)
+    column_out = x.new_empty((columns, padded(rows)) if transposed else (0,), dtype=dtype)
+    inverse = torch.empty(1, dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return row_out, column_out.zero_(), inverse.fill_(1.0)
+    tile = tile or Tile()
+    limit = torch.finfo(dtype).max
+    most = _PROGRAMS_EACH * multiprocessors(x.device)
+    programs = min(triton.cdiv(x.numel(), _PREPARE_BLOCK), most)
+    # Zeros beyond the programs: the cast reads a power of two of them.
+    partials = torch.zeros(next_power_of_2(programs), dtype=torch.int32, device=x.device)
+    blocks = triton.cdiv(columns, tile.columns)
+    with on_device_of(x):
+        float8_prepare_kernel[(programs,)](
+            x,
+            state,
+            partials,
+            x.numel(),
+            limit,
+            ROLL=roll and state is not None,
+            HISTORY=1 if state is None else len(state) - 3,
+            POWER_OF_2=power_of_2,
+            BLOCK=_PREPARE_BLOCK,
+            num_warps=_PREPARE_WARPS,
+        )
+        float8_cast_kernel[(triton.cdiv(padded(rows), tile.rows) * blocks,)](
+            x,
+            row_out if row else None,
+            column_out.view(torch.int32) if transposed else None,
+            state,
+            None if state is None else state.view(torch.int32),
+            partials,
+            inverse,
+            rows,
+            columns,
+            columns,
+            padded(rows) // 4,
+            blocks,
+            limit,
+            FORMAT="e4m3" if dtype is torch.float8_e4m3fn else "e5m2",
+            UPDATE=update and state is not None,
+            POWER_OF_2=power_of_2,
+            PARTIALS=len(partials),
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            num_warps=tile.warps,
+        )
+    return row_out, column_out, inverse
+
+
+def _prepare_case(kind: str, label: str, *, state: bool) -> CompileCase:
+    signature = {"x": f"*{kind}", "partials": "*i32", "n": "i32", "limit": "fp32"}
+    constants: dict[str, object] = {"ROLL": state, "HISTORY": 16, "POWER_OF_2": False, "BLOCK": _PREPARE_BLOCK}
+    if state:
+        signature["state"] = "*fp32"
+    else:
+        constants["state"] = None
+    return CompileCase(float8_prepare_kernel, signature, constants, _PREPARE_WARPS, label=label)
+
+
+def _cast_case(kind: str, form: str, label: str, *, state: bool, row: bool = True) -> CompileCase:
+    small = "*fp8e4nv" if form == "e4m3" else "*fp8e5"
+    signature = {"x": f"*{kind}", "column_out": "*i32", "partials": "*i32", "inverse_out": "*fp32"}
+    constants: dict[str, object] = {
+        "FORMAT": form, "UPDATE": state, "POWER_OF_2": not state, "PARTIALS": 512,
+        "ROWS": Tile().rows, "COLUMNS": Tile().columns,
+    }  # fmt: skip
+    for name, present, what in (("row_out", row, small), ("state", state, "*fp32"), ("state_bits", state, "*i32")):
+        if present:
+            signature[name] = what
+        else:
+            constants[name] = None
+    integers = dict.fromkeys(("rows", "columns", "row_stride", "column_stride", "blocks"), "i32")
+    return CompileCase(
+        float8_cast_kernel, signature | integers | {"limit": "fp32"}, constants, Tile().warps,
+        divisible=(*(n for n, k in signature.items() if k[0] == "*"), "columns", "row_stride", "column_stride"),
+        label=label, targets=FP8_TARGETS,
+    )  # fmt: skip
+
+
+COMPILE_CASES = [
+    _prepare_case("bf16", "delayed", state=True),
+    _prepare_case("fp32", "current", state=False),
+    _cast_case("bf16", "e4m3", "delayed", state=True),
+    _cast_case("fp32", "e5m2", "current", state=False),
+    _cast_case("bf16", "e5m2", "transposed", state=True, row=False),
+]

@@ -1,0 +1,91 @@
+# mypy: disable-error-code="untyped-decorator"
+# ruff: noqa: FBT001, PLR0917
+"""Casts to FP8 as operators of PyTorch.
+
+The state of a delayed scale is written without being declared as mutable. It is a statistic that only the scale
+depends on; declared, AOTAutograd would copy it and refuse a second forward before the first backward.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernel_pytorch._triton.launch import INTERPRETED
+from kernel_pytorch.ops.float8_cast.layout import padded
+
+__all__ = ["float8_cast_op"]
+
+torch.library.define(
+    "kernel_pytorch::float8_cast",
+    "(Tensor x, Tensor? state, ScalarType dtype, bool row, bool transposed, str role, bool power_of_2)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
+def _moves(role: str) -> bool:
+    """Return whether a cast moves the scale: a forward that the autograd engine runs is a checkpoint's, run again."""
+    return role == "backward" or (role == "forward" and torch._C._current_graph_task_id() == -1)  # noqa: SLF001
+
+
+def _cast(
+    x: torch.Tensor,
+    state: torch.Tensor | None,
+    dtype: torch.dtype,
+    row: bool,
+    transposed: bool,
+    role: str,
+    power_of_2: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    counts, moves = role != "read", _moves(role)
+    if x.is_cuda or INTERPRETED:
+        from kernel_pytorch.ops.float8_cast import float8_cast_kernel as kernel
+
+        return kernel.cast(
+            x, state, dtype, row=row, transposed=transposed, update=counts, roll=moves, power_of_2=power_of_2
+        )
+    from kernel_pytorch.ops.float8_cast.reference import cast_reference
+
+    return cast_reference(
+        x, state, dtype, row=row, transposed=transposed, update=counts, roll=moves, power_of_2=power_of_2
+    )
+
+
+for _kind in ("cuda", "cpu"):
+    torch.library.impl("kernel_pytorch::float8_cast", _kind)(_cast)
+
+
+@torch.library.register_fake("kernel_pytorch::float8_cast")
+def _cast_fake(
+    x: torch.Tensor,
+    state: torch.Tensor | None,
+    dtype: torch.dtype,
+    row: bool,
+    transposed: bool,
+    role: str,
+    power_of_2: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    del state, role, power_of_2
+    rows, columns = x.shape
+    return (
+        x.new_empty((rows, columns) if row else (0,), dtype=dtype),
+        x.new_empty((columns, padded(rows)) if transposed else (0,), dtype=dtype),
+        x.new_empty((1,), dtype=torch.float32),
+    )
+
+
+float8_cast_op = torch.ops.kernel_pytorch.float8_cast
+"""`(x, state, dtype, row, transposed, role, power_of_2) -> (row, transposed, inverse)`, without a gradient.
+
+Args of the operator:
+    x: `[rows, columns]`, bfloat16, float16 or float32 (on a CPU also float64).
+    state: Of a delayed scale (`layout.fresh_state`), written; `None` scales by the amax of `x` itself.
+    dtype: `torch.float8_e4m3fn` or `torch.float8_e5m2`.
+    row: Whether the row-major copy is wanted.
+    transposed: Whether the transposed copy is wanted.
+    role: `forward` or `backward`: first the amax of the casts before sets the scale, then the amax of `x` is noted.
+        A `forward` that a checkpoint recomputes uses the scale as it is. `read` leaves the state alone.
+    power_of_2: Round scales down to powers of two.
+
+Results: FP8 `[rows, columns]`; FP8 `[columns, padded(rows)]`, zero beyond `rows` (empty where not wanted); and float32
+`[1]`, the factor that turns the copies back.
+"""

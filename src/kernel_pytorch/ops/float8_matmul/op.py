@@ -1,0 +1,74 @@
+# mypy: disable-error-code="untyped-decorator"
+# ruff: noqa: FBT001, PLR0917
+"""The product of FP8 matrices as an operator of PyTorch: the tensor cores' on a GPU, an emulation on a CPU."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["float8_matmul_op"]
+
+torch.library.define(
+    "kernel_pytorch::float8_matmul",
+    "(Tensor a, Tensor b, Tensor inverse_a, Tensor inverse_b, Tensor? bias, ScalarType dtype, bool fast) -> Tensor",
+)
+
+
+@torch.library.impl("kernel_pytorch::float8_matmul", "cuda")
+def _multiply(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    inverse_a: torch.Tensor,
+    inverse_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    fast: bool,
+) -> torch.Tensor:
+    if not a.numel() or not b.numel():
+        return _empty_product(a, b, bias, dtype)
+    # Row scales of the second operand belong to the columns of the result.
+    return torch._scaled_mm(  # noqa: SLF001  # PyTorch's only entry to cuBLASLt's products of FP8
+        a, b.t(), scale_a=inverse_a, scale_b=inverse_b.reshape(1, -1) if inverse_b.numel() > 1 else inverse_b,
+        bias=bias, out_dtype=dtype, use_fast_accum=fast,
+    )  # fmt: skip
+
+
+@torch.library.impl("kernel_pytorch::float8_matmul", "cpu")
+def _emulate(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    inverse_a: torch.Tensor,
+    inverse_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    fast: bool,
+) -> torch.Tensor:
+    del fast
+    if not a.numel() or not b.numel():
+        return _empty_product(a, b, bias, dtype)
+    from kernel_pytorch.ops.float8_matmul.reference import product_reference
+
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    return product_reference(a, b, inverse_a, inverse_b, bias, accumulate=wide).to(dtype)
+
+
+def _empty_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    out = a.new_zeros((a.shape[0], b.shape[0]), dtype=dtype)
+    return out if bias is None else out + bias.to(dtype)
+
+
+@torch.library.register_fake("kernel_pytorch::float8_matmul")
+def _product_fake(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    inverse_a: torch.Tensor,
+    inverse_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    fast: bool,
+) -> torch.Tensor:
+    del inverse_a, inverse_b, bias, fast
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
+
+
+float8_matmul_op = torch.ops.kernel_pytorch.float8_matmul

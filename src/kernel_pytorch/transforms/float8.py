@@ -1,0 +1,99 @@
+"""Train linear layers in FP8 (`precision`): the modules stay, their `forward` is another.
+
+Pickling drops it; `copy.deepcopy` binds it to the copy, whose scales then move apart from the original's.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+
+from torch import nn
+
+from kernel_pytorch.core.protocols import Program
+from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
+from kernel_pytorch.errors import CandidateError
+from kernel_pytorch.precision.eligible import verdicts
+from kernel_pytorch.precision.linear import restore_linear, swap_linear
+from kernel_pytorch.precision.recipes import RECIPES
+from kernel_pytorch.transforms.ceilings import bounded, roofline
+
+__all__ = ["Float8"]
+
+
+class Float8:
+    """`recipe=NAME` for the linear layers that FP8 is for; the layer that makes logits keeps its format."""
+
+    name = "float8"
+    summary = "train linear layers in FP8"
+    group = "float8"
+    numerics = Numerics.LOWER_PRECISION
+    modes = frozenset({Mode.TRAINING})
+    compiles = False
+
+    def probe(self, device: DeviceSpec) -> Skip | None:
+        """Tensor cores with FP8 are needed: Ada, Hopper and newer of NVIDIA."""
+        if device.vendor != "nvidia":
+            return Skip(f"products of FP8 are written for NVIDIA GPUs; on {device.vendor} they are only emulated")
+        if "fp8" not in device.features:
+            return Skip("the GPU has no tensor cores for FP8 (needs Ada, Hopper or newer)")
+        return None
+
+    def propose(self, workload: WorkloadSpec, device: DeviceSpec) -> Sequence[Step] | Skip:
+        """Each recipe, what costs the fewest passes over memory first."""
+        skip = self.probe(device)
+        if skip is not None:
+            return skip
+        if "Linear" not in workload.modules:
+            return Skip("the model has no nn.Linear")
+        return [Step(self.name, {"recipe": name}) for name in RECIPES]
+
+    def ceiling(self, step: Step, prediction: Prediction, device: DeviceSpec) -> float:
+        """Products may run at the peak rate of FP8."""
+        del step
+        shares = [s for s in prediction.shares if s.kind == "matmul"]
+        left = {s.kind: roofline(s, prediction, device, "float8_e4m3fn") for s in shares}
+        return bounded(prediction, left)
+
+    def apply(self, program: Program, step: Step) -> Program:
+        """Swap the `forward` of the layers; `undo` takes it back.
+
+        Raises:
+            CandidateError: No layer of the model is one for FP8, with the reasons.
+        """
+        recipe = str(step.params.get("recipe", ""))
+        if recipe not in RECIPES:
+            raise CandidateError(f"{step}: recipe must be one of {', '.join(RECIPES)}")
+        found = list(verdicts(program.model))
+        chosen = [v.layer for v in found if not v.reason]
+        if not chosen:
+            raise CandidateError(f"{step}: no linear layer is one for FP8: {_reasons([v.reason for v in found])}")
+        for layer in chosen:
+            swap_linear(layer, recipe)
+        program.undo.append(lambda: _restore(chosen))
+        program.notes.append(f"FP8 ({recipe}): {len(chosen)} of {len(found)} linear layers")
+        left = [v.reason for v in found if v.reason]
+        if left:
+            program.notes.append(f"linear layers that keep their format: {_reasons(left)}")
+        return program
+
+    def source(self, step: Step) -> str:
+        """It has none: the casts are Triton code of this package.
+
+        Raises:
+            CandidateError: Always.
+        """
+        raise CandidateError(
+            f"{step} cannot be written as plain PyTorch: its kernels are part of kernel_pytorch",
+            fix="keep using the plan with kernel_pytorch, or optimise without float8",
+        )
+
+
+def _reasons(reasons: list[str]) -> str:
+    counted = collections.Counter(reasons)
+    return "; ".join(f"{n} x {reason}" for reason, n in counted.most_common()) or "there is none"
+
+
+def _restore(layers: list[nn.Linear]) -> None:
+    for layer in layers:
+        restore_linear(layer)
