@@ -162,9 +162,23 @@ def _tensors(call: Call) -> list[torch.Tensor]:
 
 
 def batch_size(call: Call) -> int:
-    """Return the commonest first dimension of the tensors of a call; 0 where there is none."""
-    sizes = Counter(x.shape[0] for x in _tensors(call) if x.dim() >= 1)
-    return sizes.most_common(1)[0][0] if sizes else 0
+    """Return the commonest first dimension of the tensors of a call; 0 where there is none.
+
+    Also 0 where integers of another shape look like indices into that dimension (the edges of a graph into its nodes):
+    with fewer entries they would point outside, which on a GPU ends the process.
+    """
+    tensors = _tensors(call)
+    sizes = Counter(x.shape[0] for x in tensors if x.dim() >= 1)
+    size = sizes.most_common(1)[0][0] if sizes else 0
+    return 0 if any(_indexes(x, size) for x in tensors) else size
+
+
+def _indexes(tensor: torch.Tensor, size: int) -> bool:
+    """Return whether a tensor looks like indices into another one's first dimension of a size above one."""
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    if size <= 1 or not whole or not tensor.dim() or not tensor.numel() or tensor.shape[0] == size:
+        return False
+    return 1 < int(tensor.max()) < size
 
 
 def sequence_length(call: Call) -> tuple[int, bool]:
