@@ -42,7 +42,7 @@ def test_casts_are_those_of_the_definition(shape, dtype, form, power_of_2) -> No
         for state, other in ((None, None), (mine, theirs)):
             got = float8_cast(x, form, state, power_of_2=power_of_2)
             want = cast_reference(
-                x, other, form, row=True, transposed=True, update=True, roll=True, power_of_2=power_of_2
+                [x], other, form, row=True, transposed=True, update=True, roll=True, power_of_2=power_of_2
             )
             assert torch.allclose(got.inverse, want[2], rtol=1e-6)
             for a, b in ((got.row, want[0]), (got.transposed, want[1])):

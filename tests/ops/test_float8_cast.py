@@ -89,6 +89,9 @@ def test_what_does_not_fit_is_told() -> None:
         lambda: float8_cast(torch.ones(2, 2, 2), E4M3),
         lambda: float8_cast(x, torch.bfloat16),
         lambda: float8_cast(x.int(), E4M3),
+        lambda: float8_cast([x, x], E4M3),
+        lambda: float8_cast([x, x.double()], E4M3, axis=1),
+        lambda: float8_cast([x, torch.ones(3, 16)], E4M3, axis=1),
     ):
         with pytest.raises(InputsError, match="float8_cast takes"):
             call()
@@ -123,7 +126,7 @@ def test_the_kernel_is_the_definition(interpreter, shape, dtype, form, power_of_
         x = (torch.randn(shape) * 3 * 1.7**i).to(dtype)
         for state, other in ((None, None), (mine, theirs)):
             got = float8_cast(x, form, state, power_of_2=power_of_2)
-            row, transposed, inverse = cast_reference(x, other, form, **options)
+            row, transposed, inverse = cast_reference([x], other, form, **options)
             assert torch.allclose(got.inverse, inverse, rtol=1e-6)
             limit = torch.finfo(form).max
             exact = (x.float() / inverse).clamp(-limit, limit)
@@ -135,6 +138,29 @@ def test_the_kernel_is_the_definition(interpreter, shape, dtype, form, power_of_
         assert torch.allclose(mine, theirs, rtol=1e-6)
 
 
+PIECES = (([(16, 24), (48, 24), (5, 24)], 0), ([(20, 16), (20, 40)], 1), ([(130, 128), (130, 128)], 1))
+
+
+@pytest.mark.parametrize(("shapes", "axis"), PIECES)
+def test_several_matrices_become_one(shapes, axis) -> None:
+    xs = [torch.randn(s) * 3.0**i for i, s in enumerate(shapes)]
+    together, whole = float8_cast(xs, E4M3, axis=axis), float8_cast(torch.cat(xs, axis), E4M3)
+    for a, b in zip(together, whole, strict=True):
+        assert torch.equal(a.float(), b.float())
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+@pytest.mark.parametrize(("shapes", "axis"), PIECES)
+def test_the_kernel_makes_one_of_several(interpreter, shapes, axis, delayed) -> None:
+    mine, theirs = (fresh_state(2, "cpu") if delayed else None for _ in range(2))
+    for i in range(3):
+        xs = [torch.randn(s) * 3.0 ** (i + j) for j, s in enumerate(shapes)]
+        together, whole = float8_cast(xs, E4M3, mine, axis=axis), float8_cast(torch.cat(xs, axis), E4M3, theirs)
+        for a, b in zip(together, whole, strict=True):
+            assert torch.equal(a.float(), b.float())
+        assert mine is None or torch.equal(mine, theirs)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of infinity times zero
 def test_the_kernel_shows_what_is_not_finite(interpreter) -> None:
     x = torch.randn(20, 40)
@@ -143,15 +169,13 @@ def test_the_kernel_shows_what_is_not_finite(interpreter) -> None:
     assert float8_cast(x, E4M3, state).inverse.isnan().all()
     assert not state.any()
     float8_cast(torch.ones(20, 40), E4M3, state)
-    got = float8_cast(x, E4M3, state)
-    assert got.row.float().isnan().sum() == 1
-    assert got.row.float()[3, 5].isnan()
+    float8_cast(x, E4M3, state)  # the interpreter's formats have no NaN: `tests/gpu` looks for it in the copies
     float8_cast(torch.ones(20, 40), E4M3, state)
     assert state[2] == 448
 
 
 def test_the_operator_is_registered_as_pytorch_wants() -> None:
     op = torch.ops.kernel_pytorch.float8_cast.default
-    arguments = (torch.randn(8, 16), fresh_state(2, "cpu"), E4M3, True, True, "forward", True)
+    arguments = ([torch.randn(8, 16)], fresh_state(2, "cpu"), E4M3, True, True, "forward", True)
     # Not its schema: the state is written undeclared, and op.py says why.
     torch.library.opcheck(op, arguments, test_utils=("test_autograd_registration", "test_faketensor"))

@@ -1,6 +1,5 @@
 # mypy: disable-error-code="no-untyped-call, no-any-return"
-# ruff: noqa: PLR0917
-"""The linear layer in FP8: three products, each of operands that were cast once, and FP8 kept for the backward.
+"""Linear layers in FP8: three products, each of operands that were cast once, and FP8 kept for the backward.
 
 A Hopper GPU multiplies FP8 matrices whose inner dimensions are adjacent in both, so the backward needs transposed
 copies: of the weight for `dx`, and of input and gradient for `dw`. They are made by the pass that casts.
@@ -9,6 +8,7 @@ copies: of the weight for `dx`, and of input and gradient for `dw`. They are mad
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,121 +19,159 @@ from kernel_pytorch.ops.float8_cast import float8_cast
 from kernel_pytorch.ops.float8_cast.op import float8_cast_op
 from kernel_pytorch.ops.float8_matmul.op import float8_matmul_op
 from kernel_pytorch.precision.recipes import Recipe, recipe_named
-from kernel_pytorch.precision.site import SLOT, Site, site_of
+from kernel_pytorch.precision.site import SLOT, Place, Site, place_of
 
-__all__ = ["Float8Linear", "float8_linear", "restore_linear", "swap_linear"]
+__all__ = ["Float8Linear", "float8_linears", "restore_linear", "swap_linear", "swap_linears"]
 
-_Options = tuple[torch.dtype, torch.dtype, bool, tuple[bool, bool], tuple[bool, bool], tuple[bool, bool]]
-"""Dtype of the result, format of the gradient, powers of two; for each product whether in FP8, and whether fast."""
+_Products = tuple[tuple[bool, bool], ...]
+"""Of result, input's gradient and weight's gradient: whether in FP8, and whether with fast sums."""
 
 
-class _Linear(torch.autograd.Function):
-    """`x` is what gradients are for; what is multiplied are its copies in FP8."""
+class _Linears(torch.autograd.Function):
+    """`x` and the weights are what gradients are for; what is multiplied are their copies in FP8.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        x_row: torch.Tensor,
-        x_turned: torch.Tensor,
-        x_inverse: torch.Tensor,
-        w_row: torch.Tensor,
-        w_turned: torch.Tensor,
-        w_inverse: torch.Tensor,
-        dy_state: torch.Tensor | None,
-        options: _Options,
-    ) -> torch.Tensor:
-        ctx.options, ctx.dtypes = options, (x.dtype, weight.dtype)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        _, _, _, forward, input_gradient, weight_gradient = options
-        ctx.save_for_backward(
-            None if weight_gradient[0] else x,
-            None if input_gradient[0] else weight,
-            x_turned, x_inverse, w_turned, w_inverse, dy_state,
-        )  # fmt: skip
-        to = options[0]
-        if not forward[0]:
-            return functional.linear(x.to(to), weight.to(to), None if bias is None else bias.to(to))
-        small = None if bias is None else bias.to(to)
-        return float8_matmul_op(x_row, w_row, x_inverse, w_inverse, small, to, forward[1])
+    Tensors follow as weight and bias (or `None`) of each layer; there is one result for each.
+    """
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, x_turned, x_inverse, w_turned, w_inverse, dy_state = ctx.saved_tensors
-        _, kind, power_of_2, _, by_input, by_weight = ctx.options
-        wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+    def forward(ctx: Any, options: Any, x: torch.Tensor, small: Any, dy_state: Any, *parameters: Any) -> Any:
+        to, kind, power_of_2, products = options
+        x_row, x_turned, x_inverse, w_row, w_turned, w_inverse = small
+        weights, biases = parameters[::2], parameters[1::2]
+        sizes = [len(w) for w in weights]
+        kept = [x if not products[2][0] else None, *([] if products[1][0] else weights)]
+        ctx.save_for_backward(x_turned, x_inverse, w_turned, w_inverse, dy_state, *kept)
+        ctx.options, ctx.sizes, ctx.x_dtype = (kind, power_of_2, products), sizes, x.dtype
+        ctx.dtypes = [None if p is None else p.dtype for p in parameters]
+        if not products[0][0]:
+            outs = [
+                functional.linear(x.to(to), w.to(to), None if b is None else b.to(to))
+                for w, b in zip(weights, biases, strict=True)
+            ]
+            return tuple(outs)
+        bias = _joined_bias(biases, sizes, to)
+        y = float8_matmul_op(x_row, w_row, x_inverse, w_inverse, bias, to, products[0][1])
+        return tuple(y.split(sizes, 1)) if len(sizes) > 1 else (y,)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_turned, x_inverse, w_turned, w_inverse, dy_state, x, *weights = ctx.saved_tensors
+        kind, power_of_2, products = ctx.options
+        _, by_input, by_weight = products
+        needs = ctx.needs_input_grad[4:]
+        wants_x, wants_weight = ctx.needs_input_grad[1], any(needs[::2])
         row, turned = wants_x and by_input[0], wants_weight and by_weight[0]
-        dx = dw = db = None
+        small: Any = (None, None, None)
         if row or turned:
-            dy_row, dy_turned, dy_inverse = float8_cast_op(dy, dy_state, kind, row, turned, "backward", power_of_2)
-        if wants_x:
-            if by_input[0]:
-                dx = float8_matmul_op(dy_row, w_turned, dy_inverse, w_inverse, None, ctx.dtypes[0], by_input[1])
-            else:
-                dx = (dy @ weight.to(dy.dtype)).to(ctx.dtypes[0])
-        if wants_weight:
-            if by_weight[0]:
-                dw = float8_matmul_op(dy_turned, x_turned, dy_inverse, x_inverse, None, ctx.dtypes[1], by_weight[1])
-            else:
-                dw = (dy.t() @ x.to(dy.dtype)).to(ctx.dtypes[1])
-        if wants_bias:
-            db = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
-        return dx, dw, db, None, None, None, None, None, None, None, None
+            small = float8_cast_op(list(dys), dy_state, kind, row, turned, "backward", power_of_2, 1)
+        dy_row, dy_turned, dy_inverse = small
+        dx = None
+        if row:
+            dx = float8_matmul_op(dy_row, w_turned, dy_inverse, w_inverse, None, ctx.x_dtype, by_input[1])
+        elif wants_x:
+            parts = [dy @ w.to(dy.dtype) for dy, w in zip(dys, weights, strict=True)]
+            dx = sum(parts[1:], parts[0]).to(ctx.x_dtype)
+        grads: list[torch.Tensor | None] = [None] * len(needs)
+        if turned:
+            to = ctx.dtypes[0]
+            whole = float8_matmul_op(dy_turned, x_turned, dy_inverse, x_inverse, None, to, by_weight[1])
+            grads[::2] = whole.split(ctx.sizes, 0) if len(ctx.sizes) > 1 else (whole,)
+        elif wants_weight:
+            grads[::2] = [(dy.t() @ x.to(dy.dtype)).to(ctx.dtypes[0]) for dy in dys]
+        for i, dy in enumerate(dys):
+            if needs[2 * i + 1]:
+                wide = torch.promote_types(dy.dtype, torch.float32)
+                grads[2 * i + 1] = dy.sum(0, dtype=wide).to(ctx.dtypes[2 * i + 1])
+        return None, dx, None, None, *(g if n else None for g, n in zip(grads, needs, strict=True))
 
 
-def float8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, site: Site) -> torch.Tensor:
-    """Return `x @ weight.T + bias` by the recipe of a site, with gradients by it.
+def _joined_bias(biases: Sequence[Any], sizes: list[int], to: torch.dtype) -> torch.Tensor | None:
+    given = [b for b in biases if b is not None]
+    if not given:
+        return None
+    if len(biases) == 1:
+        return given[0].to(to)
+    parts = [given[0].new_zeros(n, dtype=to) if b is None else b.to(to) for b, n in zip(biases, sizes, strict=True)]
+    return torch.cat(parts)
+
+
+def float8_linears(x: torch.Tensor, site: Site) -> list[torch.Tensor]:
+    """Return what each layer of a site makes of `x`, by its recipe, with gradients by it.
 
     Args:
         x: `[..., in_features]`.
-        weight: `[out_features, in_features]`; 16 divides both.
-        bias: `[out_features]`.
-        site: Recipe, scaling state and cache; written.
+        site: The layers, their recipe, scaling state and cache; written.
 
     Returns:
-        `[..., out_features]` in the dtype of `x`, or in autocast's.
+        `[..., out_features]` for each layer, in the dtype of `x`, or in autocast's; parts of one tensor.
     """
-    recipe = site.recipe
-    to = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    rows = x.reshape(-1, x.shape[-1])
-    learns = torch.is_grad_enabled() and weight.requires_grad and recipe.weight_gradient.float8
-    passes = torch.is_grad_enabled() and x.requires_grad and recipe.input_gradient.float8
+    recipe, layers = site.recipe, site.layers
+    kind = x.device.type
+    to = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    rows, learning = x.reshape(-1, x.shape[-1]), torch.is_grad_enabled()
+    learns = learning and recipe.weight_gradient.float8 and any(layer.weight.requires_grad for layer in layers)
+    passes = learning and recipe.input_gradient.float8 and x.requires_grad
     x8 = float8_cast(
         rows, recipe.dtype("input"), site.states.get("input"), row=recipe.forward.float8, transposed=learns,
-        role="forward" if torch.is_grad_enabled() else "read", power_of_2=recipe.power_of_2,
+        role="forward" if learning else "read", power_of_2=recipe.power_of_2,
     )  # fmt: skip
-    w8 = site.weight(weight, transposed=passes)
-    y: torch.Tensor = _Linear.apply(rows, weight, bias, *x8, *w8, site.states.get("gradient"), _options(recipe, to))
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _options(recipe: Recipe, to: torch.dtype) -> _Options:
+    w8 = site.weight([layer.weight for layer in layers], transposed=passes)
     products = (recipe.forward, recipe.input_gradient, recipe.weight_gradient)
-    forward, by_input, by_weight = ((p.float8, p.fast) for p in products)
-    return to, recipe.dtype("gradient"), recipe.power_of_2, forward, by_input, by_weight
+    options = (to, recipe.dtype("gradient"), recipe.power_of_2, tuple((p.float8, p.fast) for p in products))
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+    outs = _Linears.apply(options, rows, (*x8, *w8), site.states.get("gradient"), *parameters)
+    return [y.view(*x.shape[:-1], y.shape[-1]) if x.dim() != 2 else y for y in outs]
+
+
+def _of_several(place: Place, x: torch.Tensor) -> torch.Tensor:
+    """Return a layer's result from those that the site's first call left, or compute those of all its layers."""
+    site, index = place
+    kind = x.device.type
+    settings: tuple[Any, ...] = (torch.is_grad_enabled(), torch.is_autocast_enabled(kind))
+    if not torch.compiler.is_compiling():
+        settings = (*settings, x._version)  # noqa: SLF001
+    if site.pending is not None:
+        (given, then), results = site.pending
+        known = results[index]
+        if given is x and then == settings and known is not None:
+            results[index] = None
+            if all(result is None for result in results):
+                site.pending = None
+            return known
+    outs: list[torch.Tensor | None] = list(float8_linears(x, site))
+    y = outs[index]
+    assert y is not None
+    outs[index] = None
+    site.pending = ((x, settings), outs)
+    return y
 
 
 def forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     """Compute a layer by the recipe of its site. Named as what it replaces: unpickling then finds the class's own."""
-    return float8_linear(input, self.weight, self.bias, vars(self)[SLOT])
+    place: Place = vars(self)[SLOT]
+    return _of_several(place, input) if len(place.site.layers) > 1 else float8_linears(input, place.site)[0]
 
 
-def swap_linear(module: nn.Linear, recipe: str | Recipe) -> Site:
-    """Let a layer run in FP8, in place: its class, parameters and `state_dict` keys stay.
+def swap_linears(layers: Sequence[nn.Linear], recipe: str | Recipe) -> Site:
+    """Let layers that read the same tensor run in FP8 as one, in place; class, parameters and `state_dict` keys stay.
 
     `forward` is set on the instance; `copy.deepcopy` binds it to the copy, and pickling drops it.
     """
-    site = Site(recipe_named(recipe), module.weight.device)
-    setattr(module, SLOT, site)
-    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+    site = Site(recipe_named(recipe), list(layers))
+    for index, module in enumerate(layers):
+        setattr(module, SLOT, Place(site, index))
+        module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
     return site
+
+
+def swap_linear(module: nn.Linear, recipe: str | Recipe) -> Site:
+    """Let one layer run in FP8, in place; see `swap_linears`."""
+    return swap_linears([module], recipe)
 
 
 def restore_linear(module: nn.Linear) -> None:
     """Give a layer its own `forward` back."""
-    if site_of(module) is not None:
+    if place_of(module) is not None:
         vars(module).pop("forward", None)
         vars(module).pop(SLOT)
 
@@ -161,7 +199,7 @@ class Float8Linear(nn.Linear):
         recipe: str | Recipe = "tensorwise_delayed",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        setattr(self, SLOT, Site(recipe_named(recipe), self.weight.device))
+        setattr(self, SLOT, Place(Site(recipe_named(recipe), [self]), 0))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return `input @ weight.T + bias` by the recipe."""

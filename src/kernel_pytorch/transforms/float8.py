@@ -14,7 +14,8 @@ from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.precision.eligible import verdicts
-from kernel_pytorch.precision.linear import restore_linear, swap_linear
+from kernel_pytorch.precision.linear import restore_linear, swap_linears
+from kernel_pytorch.precision.observe import alike, observe
 from kernel_pytorch.precision.recipes import RECIPES
 from kernel_pytorch.transforms.ceilings import bounded, roofline
 
@@ -68,10 +69,9 @@ class Float8:
         chosen = [v.layer for v in found if not v.reason]
         if not chosen:
             raise CandidateError(f"{step}: no linear layer is one for FP8: {_reasons([v.reason for v in found])}")
-        for layer in chosen:
-            swap_linear(layer, recipe)
+        sites = [swap_linears(layers, recipe) for layers in _sharing(program, chosen)]
         program.undo.append(lambda: _restore(chosen))
-        program.notes.append(f"FP8 ({recipe}): {len(chosen)} of {len(found)} linear layers")
+        program.notes.append(f"FP8 ({recipe}): {len(chosen)} of {len(found)} linear layers, as {len(sites)}")
         left = [v.reason for v in found if v.reason]
         if left:
             program.notes.append(f"linear layers that keep their format: {_reasons(left)}")
@@ -87,6 +87,19 @@ class Float8:
             f"{step} cannot be written as plain PyTorch: its kernels are part of kernel_pytorch",
             fix="keep using the plan with kernel_pytorch, or optimise without float8",
         )
+
+
+def _sharing(program: Program, layers: list[nn.Linear]) -> list[list[nn.Linear]]:
+    """Return the layers, those together that read the same tensor; each alone where the model could not be watched."""
+    call = next(iter(program.calls.values()), None)
+    seen = None if call is None else observe(program.call, call, layers)
+    if seen is None:
+        program.notes.append(
+            "FP8: the model did not run on a part of its inputs, so no layers share their input's cast"
+        )
+    groups = [] if seen is None else [g for g in seen.groups if alike(g)]
+    taken = {id(m) for g in groups for m in g}
+    return groups + [[m] for m in layers if id(m) not in taken]
 
 
 def _reasons(reasons: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from kernel_pytorch._triton.launch import INTERPRETED, cannot_run
 from kernel_pytorch.core.types import Skip
 from kernel_pytorch.errors import InputsError
-from kernel_pytorch.ops.float8_cast.layout import FORMATS
+from kernel_pytorch.ops.float8_cast.layout import ALIGNED, FORMATS
 from kernel_pytorch.ops.float8_cast.op import float8_cast_op
 
 __all__ = ["Float8Matrix", "Role", "float8_cast", "unsupported"]
@@ -46,7 +47,7 @@ def unsupported(x: torch.Tensor) -> Skip | None:
 
 
 def float8_cast(
-    x: torch.Tensor,
+    x: torch.Tensor | Sequence[torch.Tensor],
     dtype: torch.dtype,
     state: torch.Tensor | None = None,
     *,
@@ -54,6 +55,7 @@ def float8_cast(
     transposed: bool = True,
     role: Role = "forward",
     power_of_2: bool = False,
+    axis: int = 0,
 ) -> Float8Matrix:
     """Return a matrix in FP8 with one scale, in one pass over memory where the scale is known beforehand.
 
@@ -61,7 +63,7 @@ def float8_cast(
     saturate; what is not finite becomes NaN. There is no gradient.
 
     Args:
-        x: `[rows, columns]`, bfloat16, float16 or float32 (on a CPU also float64).
+        x: `[rows, columns]`, bfloat16, float16 or float32 (on a CPU also float64); or several, which become one.
         dtype: `torch.float8_e4m3fn` or `torch.float8_e5m2`.
         state: Of a delayed scale (`fresh_state`), written: the scale is set by the largest magnitude of the last casts.
             `None`, and where nothing is known yet, scales by the largest magnitude of `x` itself, which reads it twice.
@@ -70,10 +72,17 @@ def float8_cast(
         role: `read` uses the state without changing it; `forward` does not move the scale where the autograd engine
             runs, that is where a checkpoint recomputes.
         power_of_2: Round scales down to powers of two.
+        axis: How several matrices become one, under one scale: 0 puts them below each other (16 divides the rows of
+            each but the last), 1 side by side.
 
     Raises:
         InputsError: Shape or dtypes do not fit.
     """
-    if x.dim() != 2 or dtype not in FORMATS.values() or not x.is_floating_point():
-        raise InputsError(f"float8_cast takes a floating-point matrix and an FP8 format, got {[*x.shape]} and {dtype}")
-    return Float8Matrix(*float8_cast_op(x.detach(), state, dtype, row, transposed, role, power_of_2))
+    xs = [x.detach()] if isinstance(x, torch.Tensor) else [one.detach() for one in x]
+    shapes = [[*one.shape] for one in xs]
+    alike = {(one.dtype, *one.shape[1 - axis : 2 - axis]) for one in xs}
+    if dtype not in FORMATS.values() or len(alike) != 1 or any(len(s) != 2 for s in shapes) or axis not in (0, 1):
+        raise InputsError(f"float8_cast takes matrices of one dtype and side, and an FP8 format; got {shapes}, {dtype}")
+    if not xs[0].is_floating_point() or (axis == 0 and any(len(one) % ALIGNED for one in xs[:-1])):
+        raise InputsError(f"float8_cast takes numbers, and stacks multiples of {ALIGNED} rows; got {shapes}")
+    return Float8Matrix(*float8_cast_op(xs, state, dtype, row, transposed, role, power_of_2, axis))

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from kernel_pytorch._triton.launch import multiprocessors, next_power_of_2, on_device_of
 from kernel_pytorch._triton.targets import CompileCase
-from kernel_pytorch.ops.float8_cast.layout import padded
+from kernel_pytorch.ops.float8_cast.layout import HISTORY_AT, padded, whole_shape
 
 __all__ = ["COMPILE_CASES", "Tile", "cast"]
 
@@ -59,18 +59,19 @@ def to_float8(value, scale, limit, kind: tl.constexpr):
 
 
 @triton.jit
-def _scale_of_partials(partials, limit, PARTIALS: tl.constexpr, POWER_OF_2: tl.constexpr):
-    amax = tl.max(tl.load(partials + tl.arange(0, PARTIALS)), axis=0).to(tl.float32, bitcast=True)
+def _scale_of_partials(partials, count, limit, PARTIALS: tl.constexpr, POWER_OF_2: tl.constexpr):
+    at = tl.arange(0, PARTIALS)
+    amax = tl.max(tl.load(partials + at, mask=at < count, other=0), axis=0).to(tl.float32, bitcast=True)
     scale = scale_for(amax, limit, POWER_OF_2)
     inverse = 1.0 / tl.where(scale > 0, scale, 1.0)
     return scale, tl.where(magnitude(amax) < 0x7F800000, inverse, float("nan")), amax
 
 
 @triton.jit
-def known_scale(state, partials, limit, PARTIALS: tl.constexpr, POWER_OF_2: tl.constexpr):
+def known_scale(state, partials, count, limit, PARTIALS: tl.constexpr, POWER_OF_2: tl.constexpr):
     """Return (scale, inverse, amax, whether it is new): the state's scale, or that of the partial maxima."""
     if state is None:
-        scale, inverse, amax = _scale_of_partials(partials, limit, PARTIALS, POWER_OF_2)
+        scale, inverse, amax = _scale_of_partials(partials, count, limit, PARTIALS, POWER_OF_2)
         fresh = True
     else:
         scale = tl.load(state + 2)
@@ -78,7 +79,7 @@ def known_scale(state, partials, limit, PARTIALS: tl.constexpr, POWER_OF_2: tl.c
         inverse = 1.0 / tl.where(fresh, 1.0, scale)
         amax = 0.0
         if fresh:
-            scale, inverse, amax = _scale_of_partials(partials, limit, PARTIALS, POWER_OF_2)
+            scale, inverse, amax = _scale_of_partials(partials, count, limit, PARTIALS, POWER_OF_2)
     return scale, inverse, amax, fresh
 
 
@@ -139,7 +140,9 @@ def float8_cast_kernel(
     columns,
     row_stride,
     column_stride,
+    words,
     blocks,
+    count,
     limit,
     FORMAT: tl.constexpr,
     UPDATE: tl.constexpr,
@@ -148,10 +151,10 @@ def float8_cast_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Cast a tile; `column_out` is the transposed copy as words of four rows, `row_stride` counts elements of both."""
+    """Cast a tile; `column_out` is the transposed copy as words of four rows, of which a row has `words` here."""
     kind: tl.constexpr = tl.float8e4nv if FORMAT == "e4m3" else tl.float8e5
     program = tl.program_id(0)
-    scale, inverse, amax, fresh = known_scale(state, partials, limit, PARTIALS, POWER_OF_2)
+    scale, inverse, amax, fresh = known_scale(state, partials, count, limit, PARTIALS, POWER_OF_2)
     first = (program // blocks).to(tl.int64) * (ROWS // 4) + tl.arange(0, ROWS // 4)
     column = (program % blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (column < columns)[None, :]
@@ -170,7 +173,7 @@ def float8_cast_kernel(
             word |= small.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * j)
     if column_out is not None:
         at = column[:, None] * column_stride + first[None, :]
-        tl.store(column_out + at, tl.trans(word), mask=(column < columns)[:, None] & (first < column_stride)[None, :])
+        tl.store(column_out + at, tl.trans(word), mask=(column < columns)[:, None] & (first < words)[None, :])
     if program == 0:
         tl.store(inverse_out, inverse)
     if UPDATE:
@@ -187,7 +190,7 @@ def float8_cast_kernel(
 
 
 def cast(
-    x: torch.Tensor,
+    xs: list[torch.Tensor],
     state: torch.Tensor | None,
     dtype: torch.dtype,
     *,
@@ -196,58 +199,68 @@ def cast(
     update: bool,
     roll: bool,
     power_of_2: bool = False,
+    axis: int = 0,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `(row, transposed, inverse)`; see `op.float8_cast_op`."""
-    rows, columns = x.shape
-    x = x.contiguous()
-    row_out = x.new_empty((rows, columns) if row else (0,), dtype=dtype)
-    column_out = x.new_empty((columns, padded(rows)) if transposed else (0,), dtype=dtype)
-    inverse = torch.empty(1, dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
+    rows, columns = whole_shape(xs, axis)
+    xs = [x.contiguous() for x in xs]
+    row_out = xs[0].new_empty((rows, columns) if row else (0,), dtype=dtype)
+    column_out = xs[0].new_empty((columns, padded(rows)) if transposed else (0,), dtype=dtype)
+    inverse = torch.empty(1, dtype=torch.float32, device=xs[0].device)
+    if not rows or not columns:
         return row_out, column_out.zero_(), inverse.fill_(1.0)
     tile = tile or Tile()
     limit = torch.finfo(dtype).max
-    most = _PROGRAMS_EACH * multiprocessors(x.device)
-    programs = min(triton.cdiv(x.numel(), _PREPARE_BLOCK), most)
-    # Zeros beyond the programs: the cast reads a power of two of them.
-    partials = torch.zeros(next_power_of_2(programs), dtype=torch.int32, device=x.device)
-    blocks = triton.cdiv(columns, tile.columns)
-    with on_device_of(x):
-        float8_prepare_kernel[(programs,)](
-            x,
-            state,
-            partials,
-            x.numel(),
-            limit,
-            ROLL=roll and state is not None,
-            HISTORY=1 if state is None else len(state) - 3,
-            POWER_OF_2=power_of_2,
-            BLOCK=_PREPARE_BLOCK,
-            num_warps=_PREPARE_WARPS,
-        )
-        float8_cast_kernel[(triton.cdiv(padded(rows), tile.rows) * blocks,)](
-            x,
-            row_out if row else None,
-            column_out.view(torch.int32) if transposed else None,
-            state,
-            None if state is None else state.view(torch.int32),
-            partials,
-            inverse,
-            rows,
-            columns,
-            columns,
-            padded(rows) // 4,
-            blocks,
-            limit,
-            FORMAT="e4m3" if dtype is torch.float8_e4m3fn else "e5m2",
-            UPDATE=update and state is not None,
-            POWER_OF_2=power_of_2,
-            PARTIALS=len(partials),
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            num_warps=tile.warps,
-        )
+    most = _PROGRAMS_EACH * multiprocessors(xs[0].device)
+    programs = [min(triton.cdiv(x.numel(), _PREPARE_BLOCK), most) for x in xs]
+    partials = torch.empty(sum(programs), dtype=torch.int32, device=xs[0].device)
+    with on_device_of(xs[0]):
+        for i, x in enumerate(xs):
+            float8_prepare_kernel[(programs[i],)](
+                x,
+                state,
+                partials[sum(programs[:i]) :],
+                x.numel(),
+                limit,
+                ROLL=roll and state is not None and i == 0,
+                HISTORY=1 if state is None else len(state) - HISTORY_AT,
+                POWER_OF_2=power_of_2,
+                BLOCK=_PREPARE_BLOCK,
+                num_warps=_PREPARE_WARPS,
+            )
+        words = column_out.view(torch.int32) if transposed else column_out
+        start = 0
+        for i, x in enumerate(xs):
+            blocks = triton.cdiv(x.shape[1], tile.columns)
+            # Stacked pieces but the last end where the next begins: whole words, as 16 divides their rows.
+            last = i == len(xs) - 1 or axis == 1
+            below = padded(rows - (start if axis == 0 else 0)) if last else len(x)
+            float8_cast_kernel[(triton.cdiv(below, tile.rows) * blocks,)](
+                x,
+                row_out.narrow(axis, start, x.shape[axis]) if row else None,
+                (words[start:] if axis == 1 else words[:, start // 4 :]) if transposed else None,
+                state,
+                None if state is None else state.view(torch.int32),
+                partials,
+                inverse,
+                len(x),
+                x.shape[1],
+                columns,
+                padded(rows) // 4,
+                below // 4,
+                blocks,
+                len(partials),
+                limit,
+                FORMAT="e4m3" if dtype is torch.float8_e4m3fn else "e5m2",
+                UPDATE=update and state is not None,
+                POWER_OF_2=power_of_2,
+                PARTIALS=next_power_of_2(len(partials)),
+                ROWS=tile.rows,
+                COLUMNS=tile.columns,
+                num_warps=tile.warps,
+            )
+            start += x.shape[axis]
     return row_out, column_out, inverse
 
 
@@ -273,7 +286,7 @@ def _cast_case(kind: str, form: str, label: str, *, state: bool, row: bool = Tru
             signature[name] = what
         else:
             constants[name] = None
-    integers = dict.fromkeys(("rows", "columns", "row_stride", "column_stride", "blocks"), "i32")
+    integers = dict.fromkeys(("rows", "columns", "row_stride", "column_stride", "words", "blocks", "count"), "i32")
     return CompileCase(
         float8_cast_kernel, signature | integers | {"limit": "fp32"}, constants, Tile().warps,
         divisible=(*(n for n, k in signature.items() if k[0] == "*"), "columns", "row_stride", "column_stride"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["ALIGNED", "E4M3", "E5M2", "FORMATS", "HISTORY_AT", "fresh_state", "padded"]
+__all__ = ["ALIGNED", "E4M3", "E5M2", "FORMATS", "HISTORY_AT", "fresh_state", "padded", "whole_shape"]
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FORMATS = {"e4m3": E4M3, "e5m2": E5M2}
@@ -16,6 +16,12 @@ HISTORY_AT = 3
 def padded(n: int) -> int:
     """Return the least multiple of 16 that is at least `n`."""
     return -(-n // ALIGNED) * ALIGNED
+
+
+def whole_shape(xs: list[torch.Tensor], axis: int) -> tuple[int, int]:
+    """Return rows and columns of matrices that are put below each other (axis 0) or side by side (axis 1)."""
+    rows, columns = ([x.shape[i] for x in xs] for i in (0, 1))
+    return (sum(rows), columns[0]) if axis == 0 else (rows[0], sum(columns))
 
 
 def fresh_state(history: int, device: torch.device | str) -> torch.Tensor:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 
 from kernel_pytorch._triton.launch import INTERPRETED
-from kernel_pytorch.ops.float8_cast.layout import padded
+from kernel_pytorch.ops.float8_cast.layout import padded, whole_shape
 
 __all__ = ["float8_cast_op"]
 
 torch.library.define(
     "kernel_pytorch::float8_cast",
-    "(Tensor x, Tensor? state, ScalarType dtype, bool row, bool transposed, str role, bool power_of_2)"
+    "(Tensor[] xs, Tensor? state, ScalarType dtype, bool row, bool transposed, str role, bool power_of_2, int axis=0)"
     " -> (Tensor, Tensor, Tensor)",
 )
 
@@ -28,25 +28,34 @@ def _moves(role: str) -> bool:
 
 
 def _cast(
-    x: torch.Tensor,
+    xs: list[torch.Tensor],
     state: torch.Tensor | None,
     dtype: torch.dtype,
     row: bool,
     transposed: bool,
     role: str,
     power_of_2: bool,
+    axis: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     counts, moves = role != "read", _moves(role)
-    if x.is_cuda or INTERPRETED:
+    if xs[0].is_cuda or INTERPRETED:
         from kernel_pytorch.ops.float8_cast import float8_cast_kernel as kernel
 
         return kernel.cast(
-            x, state, dtype, row=row, transposed=transposed, update=counts, roll=moves, power_of_2=power_of_2
+            xs,
+            state,
+            dtype,
+            row=row,
+            transposed=transposed,
+            update=counts,
+            roll=moves,
+            power_of_2=power_of_2,
+            axis=axis,
         )
     from kernel_pytorch.ops.float8_cast.reference import cast_reference
 
     return cast_reference(
-        x, state, dtype, row=row, transposed=transposed, update=counts, roll=moves, power_of_2=power_of_2
+        xs, state, dtype, row=row, transposed=transposed, update=counts, roll=moves, power_of_2=power_of_2, axis=axis
     )
 
 
@@ -56,16 +65,18 @@ for _kind in ("cuda", "cpu"):
 
 @torch.library.register_fake("kernel_pytorch::float8_cast")
 def _cast_fake(
-    x: torch.Tensor,
+    xs: list[torch.Tensor],
     state: torch.Tensor | None,
     dtype: torch.dtype,
     row: bool,
     transposed: bool,
     role: str,
     power_of_2: bool,
+    axis: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     del state, role, power_of_2
-    rows, columns = x.shape
+    rows, columns = whole_shape(xs, axis)
+    x = xs[0]
     return (
         x.new_empty((rows, columns) if row else (0,), dtype=dtype),
         x.new_empty((columns, padded(rows)) if transposed else (0,), dtype=dtype),
@@ -74,18 +85,19 @@ def _cast_fake(
 
 
 float8_cast_op = torch.ops.kernel_pytorch.float8_cast
-"""`(x, state, dtype, row, transposed, role, power_of_2) -> (row, transposed, inverse)`, without a gradient.
+"""`(xs, state, dtype, row, transposed, role, power_of_2, axis) -> (row, transposed, inverse)`, without a gradient.
 
 Args of the operator:
-    x: `[rows, columns]`, bfloat16, float16 or float32 (on a CPU also float64).
-    state: Of a delayed scale (`layout.fresh_state`), written; `None` scales by the amax of `x` itself.
+    xs: Matrices that become one, bfloat16, float16 or float32 (on a CPU also float64).
+    state: Of a delayed scale (`layout.fresh_state`), written; `None` scales by the amax of `xs` themselves.
     dtype: `torch.float8_e4m3fn` or `torch.float8_e5m2`.
     row: Whether the row-major copy is wanted.
     transposed: Whether the transposed copy is wanted.
-    role: `forward` or `backward`: first the amax of the casts before sets the scale, then the amax of `x` is noted.
+    role: `forward` or `backward`: first the amax of the casts before sets the scale, then the amax of `xs` is noted.
         A `forward` that a checkpoint recomputes uses the scale as it is. `read` leaves the state alone.
     power_of_2: Round scales down to powers of two.
+    axis: 0 puts the matrices below each other (16 divides the rows of each but the last), 1 side by side.
 
-Results: FP8 `[rows, columns]`; FP8 `[columns, padded(rows)]`, zero beyond `rows` (empty where not wanted); and float32
-`[1]`, the factor that turns the copies back.
+Results, of the whole: FP8 `[rows, columns]`; FP8 `[columns, padded(rows)]`, zero beyond `rows` (empty where not
+wanted); and float32 `[1]`, the factor that turns the copies back.
 """

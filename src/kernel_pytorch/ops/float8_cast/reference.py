@@ -56,7 +56,7 @@ def roll_reference(state: torch.Tensor, dtype: torch.dtype, *, power_of_2: bool 
 
 
 def cast_reference(
-    x: torch.Tensor,
+    xs: list[torch.Tensor],
     state: torch.Tensor | None,
     dtype: torch.dtype,
     *,
@@ -65,8 +65,10 @@ def cast_reference(
     update: bool,
     roll: bool,
     power_of_2: bool = False,
+    axis: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `(row, transposed, inverse)`; see `op.float8_cast_op`."""
+    x = torch.cat(xs, axis)
     amax = x.detach().abs().amax().float() if x.numel() else torch.zeros((), device=x.device)
     if x.numel() == 0:
         inverse = torch.ones(1, dtype=torch.float32, device=x.device)
