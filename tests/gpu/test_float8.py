@@ -11,8 +11,11 @@ from torch import nn
 from kernel_pytorch.ops.float8_cast import E4M3, E5M2, float8_cast, fresh_state
 from kernel_pytorch.ops.float8_cast.reference import cast_reference
 from kernel_pytorch.ops.float8_cast.shapes import AWKWARD, SHAPES
+from kernel_pytorch.ops.float8_gated_mlp import float8_gated_mlp_backward_op, float8_gated_mlp_op
+from kernel_pytorch.ops.float8_gated_mlp.reference import backward_reference, forward_reference
 from kernel_pytorch.ops.float8_matmul import float8_matmul, unsupported
 from kernel_pytorch.precision.linear import swap_linear
+from kernel_pytorch.precision.mlp import swap_mlp
 from kernel_pytorch.precision.recipes import RECIPES
 
 pytestmark = [
@@ -69,6 +72,74 @@ def test_what_is_not_finite_shows() -> None:
     again = float8_cast(x, E4M3, state)
     assert torch.isfinite(again.row.float()).all()
     assert state[2] == known[2]  # an amax of NaN does not enter the history
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(1, 16), (70, 144), (300, 4096), (2048, 14336), (0, 16)])
+def test_gated_activations_are_the_definition(shape, activation, delayed) -> None:
+    torch.manual_seed(0)
+    rows, columns = shape
+    mine, theirs = ([fresh_state(4, "cuda") if delayed else None for _ in range(2)] for _ in range(2))
+    for i in range(3):
+        gate_up = (torch.randn(rows, 2 * columns, device="cuda") * 1.5**i).bfloat16()
+        grad = (torch.randn(shape, device="cuda") * 1e-4).bfloat16()
+        row, inverse = float8_gated_mlp_op(gate_up, mine[0], E4M3, activation, "forward", True)
+        got = float8_gated_mlp_backward_op(
+            grad, gate_up, mine[1], inverse, E5M2, E4M3, activation, True, True, True, True
+        )
+        want_row, want_inverse = forward_reference(
+            gate_up, theirs[0], E4M3, activation, update=True, roll=True, power_of_2=True
+        )
+        want = backward_reference(
+            grad, gate_up, theirs[1], want_inverse, (E5M2, E4M3), activation, row=True, transposed=True, again=True,
+            power_of_2=True,
+        )  # fmt: skip
+        assert torch.equal(inverse, want_inverse)
+        assert torch.equal(got[2], want[2])
+        for a, b in ((row, want_row), (got[0], want[0]), (got[1], want[1]), (got[3], want[3])):
+            assert a.shape == b.shape
+            # The two compute the sigmoid otherwise in the last bit, and what lies in the middle may fall apart.
+            assert a.numel() == 0 or (bits(a) != bits(b)).double().mean() < 1e-4
+        for a, b in zip(mine, theirs, strict=True):
+            assert a is None or torch.allclose(a, b, rtol=1e-4)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_a_gated_mlp_as_its_layers_apart(name) -> None:
+    torch.manual_seed(0)
+    model = SwiGLU(1024, 2816).to("cuda", torch.bfloat16)
+    apart, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    swap_mlp(model, (model.gate, model.up, model.down), "silu", name)
+    for layer in (apart.gate, apart.up, apart.down):
+        swap_linear(layer, name)
+    for _ in range(2):
+        x = torch.randn(500, 1024, device="cuda", dtype=torch.bfloat16)
+        leaves = [x.clone().requires_grad_(), x.clone().requires_grad_(), x.double().requires_grad_()]
+        models = (model, apart, exact)
+        dy = torch.randn(500, 1024, device="cuda", dtype=torch.bfloat16)
+        outs = []
+        for one, leaf in zip(models, leaves, strict=True):
+            one.zero_grad()
+            outs.append(one(leaf))
+            outs[-1].backward(dy.to(outs[-1].dtype))
+        found = []
+        for i in (0, 1):
+            pairs = [(outs[i], outs[2]), (leaves[i].grad, leaves[2].grad)]
+            pairs += [(p.grad, q.grad) for p, q in zip(models[i].parameters(), exact.parameters(), strict=True)]
+            found.append([error(a.detach(), b.detach()) for a, b in pairs])
+        # As close to fp64 as the layers apart, which round to bfloat16 between: the same formats' error.
+        assert all(a < 1.05 * b for a, b in zip(*found, strict=True)), found
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -21,7 +21,15 @@ from kernel_pytorch.ops.float8_matmul.op import float8_matmul_op
 from kernel_pytorch.precision.recipes import Recipe, recipe_named
 from kernel_pytorch.precision.site import SLOT, Place, Site, place_of
 
-__all__ = ["Float8Linear", "float8_linears", "restore_linear", "swap_linear", "swap_linears"]
+__all__ = [
+    "Float8Linear",
+    "float8_linears",
+    "joined_bias",
+    "restore_linear",
+    "result_dtype",
+    "swap_linear",
+    "swap_linears",
+]
 
 _Products = tuple[tuple[bool, bool], ...]
 """Of result, input's gradient and weight's gradient: whether in FP8, and whether with fast sums."""
@@ -49,7 +57,7 @@ class _Linears(torch.autograd.Function):
                 for w, b in zip(weights, biases, strict=True)
             ]
             return tuple(outs)
-        bias = _joined_bias(biases, sizes, to)
+        bias = joined_bias(biases, sizes, to)
         y = float8_matmul_op(x_row, w_row, x_inverse, w_inverse, bias, to, products[0][1])
         return tuple(y.split(sizes, 1)) if len(sizes) > 1 else (y,)
 
@@ -85,7 +93,8 @@ class _Linears(torch.autograd.Function):
         return None, dx, None, None, *(g if n else None for g, n in zip(grads, needs, strict=True))
 
 
-def _joined_bias(biases: Sequence[Any], sizes: list[int], to: torch.dtype) -> torch.Tensor | None:
+def joined_bias(biases: Sequence[Any], sizes: list[int], to: torch.dtype) -> torch.Tensor | None:
+    """Return biases as one vector, zeros where there is none; `None` where none has one."""
     given = [b for b in biases if b is not None]
     if not given:
         return None
@@ -93,6 +102,12 @@ def _joined_bias(biases: Sequence[Any], sizes: list[int], to: torch.dtype) -> to
         return given[0].to(to)
     parts = [given[0].new_zeros(n, dtype=to) if b is None else b.to(to) for b, n in zip(biases, sizes, strict=True)]
     return torch.cat(parts)
+
+
+def result_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype of what a layer makes of `x`: its own, or autocast's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def float8_linears(x: torch.Tensor, site: Site) -> list[torch.Tensor]:
@@ -106,8 +121,7 @@ def float8_linears(x: torch.Tensor, site: Site) -> list[torch.Tensor]:
         `[..., out_features]` for each layer, in the dtype of `x`, or in autocast's; parts of one tensor.
     """
     recipe, layers = site.recipe, site.layers
-    kind = x.device.type
-    to = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    to = result_dtype(x)
     rows, learning = x.reshape(-1, x.shape[-1]), torch.is_grad_enabled()
     learns = learning and recipe.weight_gradient.float8 and any(layer.weight.requires_grad for layer in layers)
     passes = learning and recipe.input_gradient.float8 and x.requires_grad

@@ -13,13 +13,18 @@ from torch import nn
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
+from kernel_pytorch.ops.gated_mlp.reference import gated_mlp_reference
 from kernel_pytorch.precision.eligible import verdicts
 from kernel_pytorch.precision.linear import restore_linear, swap_linears
+from kernel_pytorch.precision.mlp import fusible, restore_mlp, swap_mlp
 from kernel_pytorch.precision.observe import alike, observe
 from kernel_pytorch.precision.recipes import RECIPES
 from kernel_pytorch.transforms.ceilings import bounded, roofline
+from kernel_pytorch.transforms.kernel_swap import gated_mlp_options
 
 __all__ = ["Float8"]
+
+_MLP = tuple[nn.Module, tuple[nn.Linear, nn.Linear, nn.Linear], str]
 
 
 class Float8:
@@ -69,9 +74,17 @@ class Float8:
         chosen = [v.layer for v in found if not v.reason]
         if not chosen:
             raise CandidateError(f"{step}: no linear layer is one for FP8: {_reasons([v.reason for v in found])}")
-        sites = [swap_linears(layers, recipe) for layers in _sharing(program, chosen)]
-        program.undo.append(lambda: _restore(chosen))
-        program.notes.append(f"FP8 ({recipe}): {len(chosen)} of {len(found)} linear layers, as {len(sites)}")
+        mlps = _gated_mlps(program.model, chosen, recipe)
+        shared = _sharing(program, [m for m in chosen if all(m not in layers for _, layers, _ in mlps)])
+        for module, layers, activation in mlps:
+            swap_mlp(module, layers, activation, recipe)
+        for group in shared:
+            swap_linears(group, recipe)
+        program.undo.append(lambda: _restore(chosen, [module for module, _, _ in mlps]))
+        program.notes.append(
+            f"FP8 ({recipe}): {len(chosen)} of {len(found)} linear layers, as {len(mlps)} gated MLPs and {len(shared)} "
+            "groups that read one tensor"
+        )
         left = [v.reason for v in found if v.reason]
         if left:
             program.notes.append(f"linear layers that keep their format: {_reasons(left)}")
@@ -87,6 +100,20 @@ class Float8:
             f"{step} cannot be written as plain PyTorch: its kernels are part of kernel_pytorch",
             fix="keep using the plan with kernel_pytorch, or optimise without float8",
         )
+
+
+def _gated_mlps(model: nn.Module, chosen: list[nn.Linear], recipe: str) -> list[_MLP]:
+    """Return the modules that compute a gated MLP of layers for FP8, seen by running them beside the definition."""
+    allowed = {id(m) for m in chosen}
+    found: list[_MLP] = []
+    for module in model.modules():
+        options = None if "forward" in vars(module) else gated_mlp_options(module, gated_mlp_reference)
+        if options is not None:
+            gate, up, down = (getattr(module, name) for name in options["names"])
+            layers = (gate, up, down)
+            if all(id(m) in allowed for m in layers) and fusible(recipe, layers):
+                found.append((module, layers, options["activation"]))
+    return found
 
 
 def _sharing(program: Program, layers: list[nn.Linear]) -> list[list[nn.Linear]]:
@@ -107,6 +134,8 @@ def _reasons(reasons: list[str]) -> str:
     return "; ".join(f"{n} x {reason}" for reason, n in counted.most_common()) or "there is none"
 
 
-def _restore(layers: list[nn.Linear]) -> None:
+def _restore(layers: list[nn.Linear], mlps: list[nn.Module]) -> None:
+    for module in mlps:
+        restore_mlp(module)
     for layer in layers:
         restore_linear(layer)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, operator"
-# ruff: noqa: ANN001, ANN202, C901, N803, PLR0917
+# ruff: noqa: ANN001, ANN201, ANN202, N803, PLR0917
 """Triton kernels that cast to FP8 with one scale: rows, the transposed copy and the next amax in one pass.
 
 Least traffic for a bfloat16 input of `n` elements, in bytes: 4 n with both copies (read 2, write 1 and 1), 3 n with
@@ -22,7 +22,17 @@ from kernel_pytorch._triton.launch import multiprocessors, next_power_of_2, on_d
 from kernel_pytorch._triton.targets import CompileCase
 from kernel_pytorch.ops.float8_cast.layout import HISTORY_AT, padded, whole_shape
 
-__all__ = ["COMPILE_CASES", "Tile", "cast"]
+__all__ = [
+    "COMPILE_CASES",
+    "FP8_TARGETS",
+    "Tile",
+    "cast",
+    "known_scale",
+    "magnitude",
+    "note_amax",
+    "roll_state",
+    "to_float8",
+]
 
 FP8_TARGETS = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950")
 _PREPARE_BLOCK, _PREPARE_WARPS, _PROGRAMS_EACH = 8192, 8, 4
@@ -84,6 +94,33 @@ def known_scale(state, partials, count, limit, PARTIALS: tl.constexpr, POWER_OF_
 
 
 @triton.jit
+def roll_state(state, scale, limit, HISTORY: tl.constexpr, POWER_OF_2: tl.constexpr):
+    """Take the amax of the last casts into the history, and set the scale by it."""
+    slot = tl.arange(0, HISTORY)
+    place = tl.load(state).to(tl.int32)
+    last = tl.load(state + 1)
+    seen = tl.load(state + 3 + slot)
+    valid = (last > 0.0) & (last < float("inf"))
+    seen = tl.where(slot == tl.where(valid, place, -1), last, seen)
+    tl.store(state + 3 + slot, seen)
+    tl.store(state, tl.where(valid, (place + 1) % HISTORY, place).to(tl.float32))
+    tl.store(state + 1, 0.0)
+    most = tl.max(seen, axis=0)
+    tl.store(state + 2, tl.where(most > 0.0, scale_for(most, limit, POWER_OF_2), scale))
+
+
+@triton.jit
+def note_amax(state, state_bits, most, scale, amax, fresh):
+    """Note the largest magnitude of rows; where the scale is new and known to be one, the scale too.
+
+    All programs write the same scale, so it does not matter which of them reads it when.
+    """
+    usable = (amax > 0.0) & (amax < float("inf"))
+    tl.store(state + 2, scale, mask=fresh & usable & (tl.program_id(0) == 0))
+    tl.atomic_max(state_bits + 1, tl.where(fresh & ~usable, 0, tl.max(most, axis=0)), sem="relaxed")
+
+
+@triton.jit
 def _partial_amax(x, partials, n, BLOCK: tl.constexpr):
     most = tl.zeros([BLOCK], tl.int32)
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -114,17 +151,7 @@ def float8_prepare_kernel(
         if scale == 0.0:
             _partial_amax(x, partials, n, BLOCK)
         elif ROLL and program == 0:
-            slot = tl.arange(0, HISTORY)
-            place = tl.load(state).to(tl.int32)
-            last = tl.load(state + 1)
-            seen = tl.load(state + 3 + slot)
-            valid = (last > 0.0) & (last < float("inf"))
-            seen = tl.where(slot == tl.where(valid, place, -1), last, seen)
-            tl.store(state + 3 + slot, seen)
-            tl.store(state, tl.where(valid, (place + 1) % HISTORY, place).to(tl.float32))
-            tl.store(state + 1, 0.0)
-            most_seen = tl.max(seen, axis=0)
-            tl.store(state + 2, tl.where(most_seen > 0.0, scale_for(most_seen, limit, POWER_OF_2), scale))
+            roll_state(state, scale, limit, HISTORY, POWER_OF_2)
 
 
 @triton.jit
@@ -158,14 +185,14 @@ def float8_cast_kernel(
     first = (program // blocks).to(tl.int64) * (ROWS // 4) + tl.arange(0, ROWS // 4)
     column = (program % blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (column < columns)[None, :]
-    most = tl.zeros([ROWS // 4, COLUMNS], tl.int32)
+    most = tl.zeros([ROWS // 4], tl.int32)
     word = tl.zeros([ROWS // 4, COLUMNS], tl.int32)
     for j in tl.static_range(4):
         row = first * 4 + j
         mask = (row < rows)[:, None] & inside
         value = tl.load(x + row[:, None] * columns + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if UPDATE:
-            most = tl.maximum(most, magnitude(value))
+            most = tl.maximum(most, tl.max(magnitude(value), axis=1))
         small = to_float8(value, scale, limit, kind)
         if row_out is not None:
             tl.store(row_out + row[:, None] * row_stride + column[None, :], small, mask=mask)
@@ -177,16 +204,7 @@ def float8_cast_kernel(
     if program == 0:
         tl.store(inverse_out, inverse)
     if UPDATE:
-        tile_most = tl.max(tl.max(most, axis=1), axis=0)
-        usable = (amax > 0.0) & (amax < float("inf"))
-        if fresh:
-            # All write the same scale, so that it does not matter which cast or program reads it when.
-            if usable & (program == 0):
-                tl.store(state + 2, scale)
-            if usable:
-                tl.atomic_max(state_bits + 1, tile_most, sem="relaxed")
-        else:
-            tl.atomic_max(state_bits + 1, tile_most, sem="relaxed")
+        note_amax(state, state_bits, most, scale, amax, fresh)
 
 
 def cast(

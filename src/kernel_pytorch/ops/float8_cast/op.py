@@ -13,7 +13,7 @@ import torch
 from kernel_pytorch._triton.launch import INTERPRETED
 from kernel_pytorch.ops.float8_cast.layout import padded, whole_shape
 
-__all__ = ["float8_cast_op"]
+__all__ = ["float8_cast_op", "moves_scale"]
 
 torch.library.define(
     "kernel_pytorch::float8_cast",
@@ -22,7 +22,7 @@ torch.library.define(
 )
 
 
-def _moves(role: str) -> bool:
+def moves_scale(role: str) -> bool:
     """Return whether a cast moves the scale: a forward that the autograd engine runs is a checkpoint's, run again."""
     return role == "backward" or (role == "forward" and torch._C._current_graph_task_id() == -1)  # noqa: SLF001
 
@@ -37,7 +37,7 @@ def _cast(
     power_of_2: bool,
     axis: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    counts, moves = role != "read", _moves(role)
+    counts, moves = role != "read", moves_scale(role)
     if xs[0].is_cuda or INTERPRETED:
         from kernel_pytorch.ops.float8_cast import float8_cast_kernel as kernel
 

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, operator"
-# ruff: noqa: ANN001, ANN202, N803, PLR0917
+# ruff: noqa: ANN001, ANN201, ANN202, N803, PLR0917
 """Triton kernels of the gated activations: elementwise over two inputs, so every byte is moved once.
 
 Least traffic, in units of the bytes of `gate`: forward 3 (read gate and up, write the product), backward 5 (read the
@@ -17,7 +17,7 @@ import triton.language as tl
 from kernel_pytorch._triton.launch import as_rows, on_device_of
 from kernel_pytorch._triton.targets import CompileCase
 
-__all__ = ["COMPILE_CASES", "Tile", "backward", "forward"]
+__all__ = ["COMPILE_CASES", "Tile", "backward", "forward", "gelu_tanh_argument"]
 
 
 class Tile(NamedTuple):
@@ -28,7 +28,7 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _gelu_tanh_argument(x):
+def gelu_tanh_argument(x):
     """Return `2 sqrt(2 / pi) (x + 0.044715 x^3)`: GELU's tanh form is `x * sigmoid` of it."""
     return 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
 
@@ -46,7 +46,7 @@ def gated_mlp_forward_kernel(
     if ACTIVATION == "silu":
         share = tl.sigmoid(x)
     elif ACTIVATION == "gelu_tanh":
-        share = tl.sigmoid(_gelu_tanh_argument(x))
+        share = tl.sigmoid(gelu_tanh_argument(x))
     else:
         share = 0.5 + 0.5 * tl.math.erf(x * 0.7071067811865476)
     tl.store(out + row * columns + column, (x * share * u).to(out.dtype.element_ty), mask=mask)
@@ -78,7 +78,7 @@ def gated_mlp_backward_kernel(
         share = tl.sigmoid(x)
         slope = share * (1.0 + x * (1.0 - share))
     elif ACTIVATION == "gelu_tanh":
-        share = tl.sigmoid(_gelu_tanh_argument(x))
+        share = tl.sigmoid(gelu_tanh_argument(x))
         inner = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
         slope = share + x * share * (1.0 - share) * inner
     else:

@@ -1,0 +1,158 @@
+# mypy: disable-error-code="no-untyped-call, no-any-return"
+"""A gated MLP in FP8 as one: `down(activation(gate(x)) * up(x))`, where what lies between is cast by what makes it.
+
+The product of activation and `up` exists in FP8 only, and so do the gradients of gate and up. Kept for the backward
+are the input transposed in FP8, and gate and up themselves: the product is computed again, transposed, by the kernel
+that computes the gradients.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernel_pytorch.ops.float8_cast import float8_cast
+from kernel_pytorch.ops.float8_cast.op import float8_cast_op
+from kernel_pytorch.ops.float8_gated_mlp import float8_gated_mlp_backward_op, float8_gated_mlp_op
+from kernel_pytorch.ops.float8_matmul.op import float8_matmul_op
+from kernel_pytorch.precision.linear import joined_bias, result_dtype, swap_linears
+from kernel_pytorch.precision.recipes import Recipe, recipe_named
+from kernel_pytorch.precision.site import Site
+
+__all__ = ["MLP_SLOT", "float8_mlp", "fusible", "restore_mlp", "swap_mlp"]
+
+MLP_SLOT = "_float8_mlp"
+
+
+class _GatedMLP(torch.autograd.Function):
+    """`x` and the parameters (weight and bias of gate, up and down) are what gradients are for."""
+
+    @staticmethod
+    def forward(ctx: Any, options: Any, x: torch.Tensor, small: Any, states: Any, *parameters: Any) -> torch.Tensor:
+        to, kinds, power_of_2, activation, role, fast = options
+        (x_row, x_turned, x_inverse), (w_row, w_turned, w_inverse), (d_row, d_turned, d_inverse) = small
+        product_state, gate_up_state, dy_state = states
+        sizes = [len(parameters[0]), len(parameters[2])]
+        bias = joined_bias((parameters[1], parameters[3]), sizes, to)
+        gate_up = float8_matmul_op(x_row, w_row, x_inverse, w_inverse, bias, to, fast[0])
+        row, inverse = float8_gated_mlp_op(gate_up, product_state, kinds[0], activation, role, power_of_2)
+        bias = joined_bias((parameters[5],), [len(parameters[4])], to)
+        y = float8_matmul_op(row, d_row, inverse, d_inverse, bias, to, fast[0])
+        ctx.save_for_backward(
+            x_turned, x_inverse, w_turned, w_inverse, d_turned, d_inverse, gate_up, inverse, gate_up_state, dy_state
+        )
+        ctx.options = (kinds, power_of_2, activation, fast, sizes, x.dtype)
+        ctx.dtypes = [None if p is None else p.dtype for p in parameters]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (
+            x_turned, x_inverse, w_turned, w_inverse, d_turned, d_inverse, gate_up, inverse, gate_up_state, dy_state,
+        ) = ctx.saved_tensors  # fmt: skip
+        (product_kind, kind), power_of_2, activation, fast, sizes, x_dtype = ctx.options
+        needs = ctx.needs_input_grad[4:]
+        learns, learns_down = needs[0] or needs[2], needs[4]
+        dy_row, dy_turned, dy_inverse = float8_cast_op(
+            [dy],
+            dy_state,
+            kind,
+            True,  # noqa: FBT003
+            learns_down,
+            "backward",
+            power_of_2,
+        )
+        grad = float8_matmul_op(dy_row, d_turned, dy_inverse, d_inverse, None, gate_up.dtype, fast[1])
+        row, turned, gate_up_inverse, product = float8_gated_mlp_backward_op(
+            grad, gate_up, gate_up_state, inverse, kind, product_kind, activation, True, learns, learns_down,  # noqa: FBT003
+            power_of_2,
+        )  # fmt: skip
+        grads: list[torch.Tensor | None] = [None] * 6
+        if learns_down:
+            grads[4] = float8_matmul_op(dy_turned, product, dy_inverse, inverse, None, ctx.dtypes[4], fast[2])
+        if learns:
+            whole = float8_matmul_op(turned, x_turned, gate_up_inverse, x_inverse, None, ctx.dtypes[0], fast[2])
+            grads[0], grads[2] = whole.split(sizes, 0)
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = float8_matmul_op(row, w_turned, gate_up_inverse, w_inverse, None, x_dtype, fast[1])
+        if needs[1] or needs[3]:
+            # Biases of gate and up: their gradients exist in FP8 only.
+            wide = row.to(torch.float32).sum(0) * gate_up_inverse
+            grads[1], grads[3] = (
+                part.to(to) if to else None for part, to in zip(wide.split(sizes), ctx.dtypes[1:4:2], strict=True)
+            )
+        if needs[5]:
+            grads[5] = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.dtypes[5])
+        return None, dx, None, None, *(g if n else None for g, n in zip(grads, needs, strict=True))
+
+
+def float8_mlp(x: torch.Tensor, first: Site, last: Site, activation: str) -> torch.Tensor:
+    """Return `down(activation(gate(x)) * up(x))` in FP8.
+
+    Args:
+        x: `[..., in_features]`.
+        first: Of gate and up, in this order.
+        last: Of down; its input is the product.
+        activation: As of `ops.gated_mlp`.
+    """
+    recipe, learning = first.recipe, torch.is_grad_enabled()
+    to = result_dtype(x)
+    rows, role = x.reshape(-1, x.shape[-1]), "forward" if learning else "read"
+    gate, up, down = (*first.layers, *last.layers)
+    learns = learning and (gate.weight.requires_grad or up.weight.requires_grad)
+    x8 = float8_cast(
+        rows, recipe.dtype("input"), first.states.get("input"), transposed=learns, role=role,  # type: ignore[arg-type]
+        power_of_2=recipe.power_of_2,
+    )  # fmt: skip
+    w8 = first.weight([gate.weight, up.weight], transposed=learning)
+    d8 = last.weight([down.weight], transposed=learning)
+    products = (recipe.forward, recipe.input_gradient, recipe.weight_gradient)
+    kinds = (recipe.dtype("input"), recipe.dtype("gradient"))
+    options = (to, kinds, recipe.power_of_2, activation, role, tuple(p.fast for p in products))
+    states = (last.states.get("input"), first.states.get("gradient"), last.states.get("gradient"))
+    parameters = [p for layer in (gate, up, down) for p in (layer.weight, layer.bias)]
+    y: torch.Tensor = _GatedMLP.apply(options, rows, (tuple(x8), tuple(w8), tuple(d8)), states, *parameters)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def fusible(recipe: str | Recipe, layers: tuple[nn.Linear, nn.Linear, nn.Linear]) -> bool:
+    """Return whether gate, up and down can be one: all products in FP8, alike, and nobody watches what lies between."""
+    recipe = recipe_named(recipe)
+    gate, up, _ = layers
+    watched = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in layers)  # noqa: SLF001
+    same = gate.weight.shape == up.weight.shape and len({m.weight.dtype for m in layers}) == 1
+    whole = recipe.forward.float8 and recipe.input_gradient.float8 and recipe.weight_gradient.float8
+    return whole and same and not watched and len({id(m.weight) for m in layers}) == 3
+
+
+def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Compute a gated MLP by the recipe of its sites. Named as what it replaces, as in `linear`."""
+    return float8_mlp(x, *vars(self)[MLP_SLOT])
+
+
+def swap_mlp(
+    module: nn.Module, layers: tuple[nn.Linear, nn.Linear, nn.Linear], activation: str, recipe: str | Recipe
+) -> None:
+    """Let a gated MLP run in FP8 as one, in place; its class, parameters and `state_dict` keys stay.
+
+    Args:
+        module: Computes `down(activation(gate(x)) * up(x))` of its only argument.
+        layers: Its gate, up and down; called on their own they run in FP8, too.
+        activation: As of `ops.gated_mlp`.
+        recipe: All of its products are in FP8 (`fusible`).
+    """
+    gate, up, down = layers
+    first, last = swap_linears([gate, up], recipe), swap_linears([down], recipe)
+    setattr(module, MLP_SLOT, (first, last, activation))
+    module.forward = types.MethodType(forward, module)
+
+
+def restore_mlp(module: nn.Module) -> None:
+    """Give a gated MLP its own `forward` back; its layers keep theirs (`restore_linear`)."""
+    if MLP_SLOT in vars(module):
+        vars(module).pop("forward", None)
+        vars(module).pop(MLP_SLOT)
