@@ -17,7 +17,7 @@ from kernel_pytorch.core.types import Event, Listener, Ratio, Verdict
 from kernel_pytorch.errors import KptError
 from kernel_pytorch.guard.commands import CommandRunner
 from kernel_pytorch.guard.culprit import find_culprits
-from kernel_pytorch.guard.fresh import FEWEST_PAIRS, Fresh, judge_fresh
+from kernel_pytorch.guard.fresh import FEWEST_PAIRS, MOST_PAIRS, Fresh, judge_fresh
 from kernel_pytorch.guard.kernel_names import condensed
 from kernel_pytorch.guard.processes import SideFailed, terminable
 from kernel_pytorch.guard.profile import profile_in_turns
@@ -33,7 +33,6 @@ __all__ = ["InterruptedComparison", "compare_series", "compare_sides"]
 
 _LOCK_PATIENCE_S = 1.0
 _BUSY_CORES = 0.25
-_MOST_FRESH = 40
 
 
 class InterruptedComparison(KeyboardInterrupt):
@@ -106,7 +105,7 @@ def compare_sides(
             facts = _facts(runners, run, found, profile=profile and not fresh)
         if fresh and run.interrupted is None:
             say("slower: sampling again in fresh processes")
-            limits = replace(limits, sampling=max((max_seconds - run.seconds) / 3.0, run.seconds))
+            limits = replace(limits, sampling=max(max_seconds / 2.0, run.seconds))
             asked = _Asked(base, head, limits, max_slowdown, same_model=same_model, profile=profile, seed=seed, say=say)
             found, run, facts = _in_fresh_processes(asked, run, found, facts)
     comparison = Comparison(
@@ -212,8 +211,14 @@ class _Decision:
 def _load(
     runners: Sequence[WorkerRunner | CommandRunner], limits: Limits, say: Callable[[str], None], *, same_model: bool
 ) -> Run:
-    """Load both sides, one after the other: each may choose kernels by measurement, undisturbed by the other."""
+    """Load both sides, one after the other: each may choose kernels by measurement, undisturbed by the other.
+
+    What both import before that, they import at the same time.
+    """
     try:
+        for runner in runners:
+            if isinstance(runner, WorkerRunner):
+                runner.begin()
         for runner in runners:
             doing = "loading" if runner.side.command is None else "running once:"
             say(f"{runner.side.label}: {doing} {_shown(runner.side)}")
@@ -335,7 +340,7 @@ def _in_fresh_processes(
     asked: _Asked, run: Run, found: _Found, facts: list[SideFacts]
 ) -> tuple[_Found, Run, list[SideFacts]]:
     """Return the outcome, all samples and the facts after as many fresh pairs of processes as it takes."""
-    pairs = max(FEWEST_PAIRS, min(len(run.base_ms), _MOST_FRESH))
+    pairs = max(FEWEST_PAIRS, min(len(run.base_ms), MOST_PAIRS))
     seen: list[tuple[Sequence[float], Sequence[float]]] = []
     fresh, again = judge_fresh(seen, asked.max_slowdown), run
     while not fresh.decided and again.failure is None:

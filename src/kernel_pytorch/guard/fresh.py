@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from kernel_pytorch.core.types import Ratio
 from kernel_pytorch.measure.stats import paired_ratio
 
-__all__ = ["FEWEST_PAIRS", "Fresh", "judge_fresh"]
+__all__ = ["FEWEST_PAIRS", "MOST_PAIRS", "Fresh", "judge_fresh"]
 
 FEWEST_PAIRS = 12
 """Pairs of samples below which a pair of processes says nothing."""
+MOST_PAIRS = 40
+"""Pairs of samples beyond which a pair of processes is known well enough: its luck is the larger error."""
 _ROUNDS = (3, 5, 8)
 """After how many fresh pairs of processes it is decided, or given up."""
 _ERROR = 0.01 / len(_ROUNDS)
@@ -36,12 +38,14 @@ class Fresh:
         slower: Whether they prove a slowdown that matters.
         change: Head over base, the mean of the pairs of processes, with its one-sided bound below.
         told: In words.
+        count: How many there are.
     """
 
     decided: bool
     slower: bool
     change: Ratio | None
     told: str
+    count: int
 
 
 def judge_fresh(runs: Sequence[tuple[Sequence[float], Sequence[float]]], max_slowdown: float) -> Fresh:
@@ -57,7 +61,7 @@ def judge_fresh(runs: Sequence[tuple[Sequence[float], Sequence[float]]], max_slo
     logs = [math.log(paired_ratio(head, base).value) for base, head in runs]
     count = len(logs)
     if count < 2:
-        return Fresh(decided=False, slower=False, change=None, told="too few fresh processes")
+        return Fresh(decided=False, slower=False, change=None, told="too few fresh processes", count=count)
     mean, limit = statistics.fmean(logs), math.log1p(max_slowdown)
     from scipy.stats import t
 
@@ -65,6 +69,6 @@ def judge_fresh(runs: Sequence[tuple[Sequence[float], Sequence[float]]], max_slo
     change = Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), 1.0 - 2.0 * _ERROR)
     told = f"{100.0 * (change.value - 1.0):+.1f} % in {count} fresh pairs of processes"
     if mean < limit / 3.0:
-        return Fresh(decided=True, slower=False, change=change, told=told)
+        return Fresh(decided=True, slower=False, change=change, told=told, count=count)
     slower = count in _ROUNDS and mean >= limit / 2.0 and mean - half > 0.0
-    return Fresh(decided=slower or count >= _ROUNDS[-1], slower=slower, change=change, told=told)
+    return Fresh(decided=slower or count >= _ROUNDS[-1], slower=slower, change=change, told=told, count=count)

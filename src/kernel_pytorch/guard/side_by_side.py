@@ -169,14 +169,28 @@ class WorkerRunner:
         self.call_ms: dict[str, float] = {}
         self.telemetry: dict[str, list[float]] = {}
         self.counts: dict[str, float] = {}
+        self.core: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._said: Said | None = None
         self._requests = self._answers = -1
         self._buffer = b""
         self._hang_s = 0.0
 
+    def begin(self) -> None:
+        """Start the worker and let it import torch, without waiting for it.
+
+        Raises:
+            EnvironmentUnusableError: Its interpreter lacks what it needs.
+        """
+        if self.side.python is not None:
+            require(look_at(self.side.python, self.side.environment), self.side.label)
+        self._start()
+        names = ("torch", "torch._dynamo") if self.side.mode == "training" else ("torch",)
+        with contextlib.suppress(OSError):  # it has ended; reading says how
+            self._send({"op": "import", "names": names})
+
     def load(self, limits: Limits) -> None:
-        """Start the worker and let it load, and call, its workload.
+        """Let the worker, which is started where `begin` has not done so, load and call its workload.
 
         Raises:
             EnvironmentUnusableError: Its interpreter lacks what it needs.
@@ -184,10 +198,10 @@ class WorkerRunner:
             SideFailed: It crashed, hung or raised.
         """
         self._hang_s = limits.hang
-        if self.side.python is not None:
-            require(look_at(self.side.python, self.side.environment), self.side.label)
-        self._start()
+        if self._process is None:
+            self.begin()
         self._read(limits.loading, "starting")
+        self._read(limits.loading, "loading")
         side = self.side
         self.told = self._ask(
             {
@@ -223,11 +237,12 @@ class WorkerRunner:
         self._said = Said(self._process.stdout)
 
     def _ask(self, request: Mapping[str, Any], limit_s: float, doing: str) -> dict[str, Any]:
-        try:
-            os.write(self._requests, json.dumps(request).encode() + b"\n")
-        except OSError:  # it has ended; reading says how
-            return self._read(limit_s, doing)
+        with contextlib.suppress(OSError):  # it has ended; reading says how
+            self._send(request)
         return self._read(limit_s, doing)
+
+    def _send(self, request: Mapping[str, Any]) -> None:
+        os.write(self._requests, json.dumps(request).encode() + b"\n")
 
     def _read(self, limit_s: float, doing: str) -> dict[str, Any]:
         """Return the next answer, or raise what it says."""
@@ -290,12 +305,13 @@ class WorkerRunner:
         return sum(told.values())
 
     def sample(self) -> Sequence[float]:
-        """Take one sample: the weighted time of so many calls of each case."""
+        """Take one sample: the weighted time of so many calls of each case, on the core `self.core` if there is one."""
         expected_s = sum(self.call_ms[case] * calls for case, calls in self.calls.items()) / 1e3
-        request = {"op": "sample", "calls": self.calls, "ms": self.call_ms}
+        request = {"op": "sample", "calls": self.calls, "ms": self.call_ms, "core": self.core}
         told = self._ask(request, max(self._hang_s, _HANG_FACTOR * expected_s), "being timed")
         for name, value in told.get("telemetry", {}).items():
             self.telemetry.setdefault(name, []).append(float(value))
+        self.core = told["core"]
         return (float(told["ms"]),)
 
     def complete(self, names: Iterable[str]) -> None:
