@@ -12,6 +12,7 @@ from kernel_pytorch.core.types import DeviceSpec, Event, Listener, Measurement, 
 from kernel_pytorch.core.workload import Workload
 from kernel_pytorch.errors import KptError
 from kernel_pytorch.guard.findings import Findings, Samples, planned
+from kernel_pytorch.guard.fresh import FEWEST_PAIRS, MOST_PAIRS, Fresh, judge_fresh
 from kernel_pytorch.guard.plan_trial import Asked, Seen, as_payload, read_answer, read_samples, try_plan
 from kernel_pytorch.guard.stale import config_of, differences, same_code, stamp
 from kernel_pytorch.guard.types import Comparison
@@ -23,8 +24,7 @@ __all__ = ["InterruptedCheck", "check_plan", "here", "refresh_plan"]
 
 MAX_PAIRS = 2000
 _REFRESH_PAIRS = 100
-_FEWEST_FRESH = 16
-_CONFIRM_CONFIDENCE = 0.8
+_SAMPLES = "samples-{}.jsonl"
 
 
 class InterruptedCheck(KeyboardInterrupt):
@@ -65,7 +65,8 @@ def check_plan(
 ) -> Comparison:
     """Judge a plan here and now: first whether it is of this device and software, then its numerics, then its speed.
 
-    Unmodified model and plan take turns, in a process of their own; where the plan is slow, again in a fresh one.
+    Unmodified model and plan take turns, in a process of their own; where the plan is slow, again in three to eight
+    fresh ones, by the rule of `guard.fresh`.
     It fails where it is slower than it owes by more than `max_slowdown`, and proven so. It owes the unmodified
     model's time over `keep` times the lower bound of its own speed-up, and never less than the unmodified model's.
 
@@ -107,7 +108,7 @@ def check_plan(
             fixed=False,
             level="standard",
             keep_compiled="",
-            samples=str(Path(scratch) / "samples.jsonl"),
+            samples=str(Path(scratch) / _SAMPLES.format(0)),
         )
         _tell(listen, "numerics first, then both in turns", max_seconds)
         return _judged(asked, workload, Path(scratch), findings, listen)[0]
@@ -166,7 +167,7 @@ def refresh_plan(
             fixed=True,
             level="standard",
             keep_compiled="" if keep_compiled is None else str(keep_compiled),
-            samples=str(Path(scratch) / "samples.jsonl"),
+            samples=str(Path(scratch) / _SAMPLES.format(0)),
         )
         _tell(listen, "numerics first, then both in turns", max_seconds)
         comparison, seen = _judged(asked, workload, Path(scratch), findings, listen)
@@ -203,49 +204,61 @@ def _judged(
 ) -> tuple[Comparison, Seen | None]:
     try:
         seen = _run(asked, workload, scratch)
-        samples = read_samples(Path(asked.samples))
         if isinstance(seen, str):
-            return findings.undecided(seen, samples), None
+            return findings.undecided(seen, _sampled(scratch)), None
         if _is_slow(seen) and asked.config.isolation != "none":
-            _tell(listen, "slower: sampling again in a fresh process", asked.max_seconds)
-            seen, more = _confirmed(seen, samples, asked, workload, scratch)
-            samples = (samples[0] + more[0], samples[1] + more[1])
+            _tell(listen, "slower: sampling again in fresh processes", asked.max_seconds)
+            seen = _confirmed(seen, asked, workload, scratch, listen)
     except KeyboardInterrupt as stop:
-        raise InterruptedCheck(findings.undecided("interrupted", read_samples(Path(asked.samples)))) from stop
-    return findings.judged(seen, samples, asked.owed), seen
+        raise InterruptedCheck(findings.undecided("interrupted", _sampled(scratch))) from stop
+    return findings.judged(seen, _sampled(scratch), asked.owed), seen
 
 
 def _is_slow(seen: Seen) -> bool:
     return seen.judgement is not None and seen.judgement.verdict is Verdict.FAIL
 
 
-def _confirmed(seen: Seen, samples: Samples, asked: Asked, workload: Workload, scratch: Path) -> tuple[Seen, Samples]:
-    """Return what was seen after a second run: a process may be slow for its own luck, where its memory lies.
+def _confirmed(seen: Seen, asked: Asked, workload: Workload, scratch: Path, listen: Listener | None) -> Seen:
+    """Return what was seen after as many fresh processes as it takes (`guard.fresh`).
 
-    The first run has proven that the plan was slow. The second is asked whether that was more than luck: it must show
-    a third of `max_slowdown`, and at a one-sided confidence of 90 % a slowdown at all.
+    A process may be slow for its own luck, where its memory lies; each runs the unmodified model and the plan in turns.
     """
     assert seen.judgement is not None
-    file = scratch / "again.jsonl"
-    pairs = max(_FEWEST_FRESH, len(samples[0]))
-    again = _run(
-        replace(asked, samples=str(file), fixed=True, level="quick", max_pairs=pairs, keep_compiled=""),
-        workload,
-        scratch,
-    )
-    base, head = read_samples(file)
-    told = again if isinstance(again, str) else again.trial.reason or "time was up"
-    if len(head) < _FEWEST_FRESH // 2:
-        reason = f"which a fresh process could not confirm: {told}"
-        return replace(seen, judgement=replace(seen.judgement, verdict=Verdict.INCONCLUSIVE, reason=reason)), (
-            base,
-            head,
-        )
-    fresh = paired_ratio(head, [ms / asked.owed for ms in base], confidence=_CONFIRM_CONFIDENCE)
-    if fresh.low > 1.0 and fresh.value >= 1.0 + asked.max_slowdown / 3.0:
-        return seen, (base, head)
-    reason = f"which a fresh process does not show: {asked.owed / fresh.value:.2f}x there"
-    return replace(seen, judgement=replace(seen.judgement, verdict=Verdict.INCONCLUSIVE, reason=reason)), (base, head)
+    pairs = max(FEWEST_PAIRS, min(len(_sampled(scratch)[0]), MOST_PAIRS))
+    runs: list[Samples] = []
+    fresh = judge_fresh(runs, asked.max_slowdown)
+    more = replace(asked, fixed=True, level="quick", max_pairs=pairs, keep_compiled="")
+    while not fresh.decided:
+        file = scratch / _SAMPLES.format(1 + len(runs))
+        again = _run(replace(more, samples=str(file)), workload, scratch)
+        base, head = read_samples(file)
+        if isinstance(again, str) or len(head) < FEWEST_PAIRS:
+            told = again if isinstance(again, str) else again.trial.reason or "time was up"
+            return _taken_back(seen, f"which a fresh process could not confirm: {told}")
+        runs.append((tuple(ms / asked.owed for ms in base), head))
+        fresh = judge_fresh(runs, asked.max_slowdown)
+        if fresh.change is not None:
+            _tell(listen, _shown(fresh, asked.owed), asked.max_seconds)
+    if fresh.slower:
+        return replace(seen, confirmed=_shown(fresh, asked.owed))
+    return _taken_back(seen, f"which others do not prove ({_shown(fresh, asked.owed)})")
+
+
+def _sampled(scratch: Path) -> Samples:
+    """Return the pairs of all processes so far, in time order."""
+    series = [read_samples(file) for file in sorted(scratch.glob(_SAMPLES.format("*")))]
+    return tuple(ms for base, _ in series for ms in base), tuple(ms for _, head in series for ms in head)
+
+
+def _shown(fresh: Fresh, owed: float) -> str:
+    """Say what fresh processes show, as a speed-up over the unmodified model."""
+    assert fresh.change is not None
+    return f"{owed / fresh.change.value:.2f}x in {fresh.count} fresh processes"
+
+
+def _taken_back(seen: Seen, reason: str) -> Seen:
+    assert seen.judgement is not None
+    return replace(seen, judgement=replace(seen.judgement, verdict=Verdict.INCONCLUSIVE, reason=reason))
 
 
 def _run(asked: Asked, workload: Workload, scratch: Path) -> Seen | str:

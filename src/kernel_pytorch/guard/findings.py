@@ -99,7 +99,7 @@ class Findings:
         notes = (self._kept(change), *self._memory(told), *judged.notes, *notes)
         found = self._make(
             judged.verdict,
-            self._reason(judged, change, owed),
+            self._reason(judged, change, owed, seen.confirmed),
             base=sides[0],
             head=sides[1],
             samples=samples,
@@ -109,14 +109,15 @@ class Findings:
         failed = judged.verdict is Verdict.FAIL
         return replace(found, culprits=self._culprits(seen, found, owed)) if failed else found
 
-    def _reason(self, judged: Judgement, change: Ratio, owed: float) -> str:
+    def _reason(self, judged: Judgement, change: Ratio, owed: float, confirmed: str) -> str:
         now, plan = _inverse(change), planned(self.plan)
+        again = f"; confirmed by {confirmed}" if confirmed else ""
         seen = f"{now.value:.2f}x ({now.low:.2f} to {now.high:.2f}) of the unmodified model's speed"
         if judged.verdict is Verdict.FAIL and change.low > 1.0:
-            return f"the plan is slower than the unmodified model: {seen}"
+            return f"the plan is slower than the unmodified model: {seen}{again}"
         if judged.verdict is Verdict.FAIL:
             kept = f"{100.0 * self.keep:.0f} % had to be kept"
-            return f"the planned speed-up is lost: {plan.value:.2f}x was planned, now {seen}; {kept}"
+            return f"the planned speed-up is lost: {plan.value:.2f}x was planned, now {seen}; {kept}{again}"
         if judged.verdict is Verdict.PASS:
             return f"right, and {seen}" + (f", {plan.value:.2f}x was planned" if self.plan.candidate.steps else "")
         if judged.change.low > 1.0:

@@ -86,12 +86,14 @@ class Seen:
         judgement: Of the plan's time over what it owes: the unmodified model's over `Asked.owed`.
         telemetry: Of the device while the turns were taken.
         layers_ms: Time by layer, unmodified and with the plan, where the plan turned out slow; else empty.
+        confirmed: What fresh processes have shown, where they confirm that it is slow.
     """
 
     trial: Trial
     judgement: Judgement | None = None
     telemetry: Mapping[str, float] = field(default_factory=dict)
     layers_ms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    confirmed: str = ""
 
 
 def as_payload(asked: Asked) -> bytes:
