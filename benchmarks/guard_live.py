@@ -1,7 +1,8 @@
 """False alarms and power of the guard's live comparisons on this machine, quiet and beside a load that comes and goes.
 
-    python benchmarks/guard_live.py                      # 300 A/A runs each quiet and loaded, 60 of each slowdown
+    python benchmarks/guard_live.py                      # 150 A/A runs each quiet and loaded, 30 of each slowdown
     python benchmarks/guard_live.py --runs 40 --seconds 10 --only aa
+    python benchmarks/guard_live.py --device cuda --only all --runs 10 --seconds 8 --deadline 240 -o live.json
     python benchmarks/guard_live.py --summary            # the table of what is there, nothing is run
 
 Each run is one `compare_sides`: two fresh worker processes, warm-up, turns until the verdict is certain, and a FAIL
@@ -9,6 +10,9 @@ confirmed in fresh processes, as `kpt compare` does it. In an A/A run both sides
 does so many per cent more of the same work (`guard_live_workloads.py`), whose effect is measured beforehand in one
 process with a few hundred pairs. Rows go to benchmarks/results/<device-key>/guard_live.json as they finish, and what is
 there already is not run again. INCONCLUSIVE counts as a miss.
+
+`quiet` means that this benchmark adds no load; how busy others kept the machine meanwhile is in each row, and the runs
+of `quiet` in which that was less than a tenth of a core are counted once more as `undisturbed`.
 """
 
 from __future__ import annotations
@@ -37,19 +41,29 @@ from kernel_pytorch.core.types import Verdict
 from kernel_pytorch.guard.compare import compare_sides
 from kernel_pytorch.guard.side_by_side import Side
 from kernel_pytorch.hardware import detect
-from kernel_pytorch.measure.sampler import compare
+from kernel_pytorch.measure.sampler import ForeignLoad, compare
 
 HERE = Path(__file__).resolve().parent
 TARGETS = HERE / "guard_live_workloads.py"
 WORKLOADS = {
-    "products": ("inference", "1"),
-    "launches": ("inference", "1"),
-    "training": ("training", ""),
+    "cpu": {
+        "products": ("inference", "1"),
+        "launches": ("inference", "1"),
+        "training": ("training", ""),
+    },
+    "cuda": {
+        "gpu_products": ("inference", ""),
+        "launches": ("inference", ""),
+        "gpu_training": ("training", ""),
+    },
 }
-"""Mode, and threads (empty: as many as torch takes by itself)."""
+"""By device: mode, and threads (empty: as many as torch takes by itself)."""
+ORDER = {"cpu": ("products", "launches", "training", "products", "launches"), "cuda": tuple(WORKLOADS["cuda"])}
+"""On a CPU a training step with threads takes most of the time, and beside other processes is rarely decided."""
 CONDITIONS = ("quiet", "load")
 SLOWDOWNS = (3, 5, 10)
 MAX_SLOWDOWN = 0.03
+UNDISTURBED_CORES = 0.1
 CALIBRATION_PAIRS = 200
 
 
@@ -67,56 +81,99 @@ class Cell:
         return f"{self.condition}/{self.workload}/{self.slowdown}/{self.index}"
 
 
-def cells(runs: int, only: str, conditions: list[str]) -> list[Cell]:
+def cells(given: argparse.Namespace) -> list[Cell]:
     """Return what to run, conditions and workloads in turn, so that an interrupted run has some of each."""
-    names = list(WORKLOADS)
+    names = (given.workload,) if given.workload else ORDER[given.device]
+    slow_runs = max(3, given.runs // 5) if given.slow_runs is None else given.slow_runs
     found = []
-    for i in range(runs):
-        for condition in conditions:
-            if only in ("aa", "all"):
+    for i in range(max(given.runs, slow_runs)):
+        for condition in given.conditions.split(","):
+            if given.only in ("aa", "all") and i < given.runs:
                 found.append(Cell(condition, names[i % len(names)], 0, i))
-            if only in ("slow", "all") and i < max(1, runs // 5):
+            if given.only in ("slow", "all") and i < slow_runs:
                 found += [Cell(condition, names[i % len(names)], k, i) for k in SLOWDOWNS]
     return found
 
 
-def side(cell: Cell, label: str, extra: int) -> Side:
-    mode, threads = WORKLOADS[cell.workload]
-    env = {"KPT_LIVE_EXTRA": str(extra), **({"OMP_NUM_THREADS": threads} if threads else {})}
-    return Side(label, f"{TARGETS}:{cell.workload}", mode=mode, env=env)
+def variables(device: str, workload: str) -> dict[str, str]:
+    """Return what the environment of a side says about threads, and about GPUs where the CPU is meant."""
+    threads = WORKLOADS[device][workload][1]
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" and torch.cuda.is_available() else {}
+    return {**hidden, **({"OMP_NUM_THREADS": threads} if threads else {})}
 
 
-def be_a_load(flag: str) -> None:
-    """Keep one core busy, on and off for random times, as long as the flag's file is there."""
+def side(device: str, cell: Cell, label: str, extra: int) -> Side:
+    env = {"KPT_LIVE_EXTRA": str(extra), **variables(device, cell.workload)}
+    return Side(label, f"{TARGETS}:{cell.workload}", mode=WORKLOADS[device][cell.workload][0], env=env)
+
+
+def be_a_load(directory: Path, driver: int, device: str) -> None:
+    """Keep a core (or the GPU) busy, on and off for random times, while there is a file `on`; end with the driver."""
     if os.fork():
         os._exit(0)  # an orphan: a child of the driver would count as the driver's own work
-    rng, there = random.Random(time.time_ns()), Path(flag).exists
-    while there():
+    rng, on = random.Random(time.time_ns()), directory / "on"
+    work = _gpu_work() if device == "cuda" else lambda: sum(range(20_000))
+    while Path(f"/proc/{driver}").exists() and directory.exists():
         until = time.monotonic() + rng.uniform(0.3, 3.0)
-        while time.monotonic() < until and there():
-            sum(range(20_000))
+        while time.monotonic() < until and on.exists():
+            work()
         until = time.monotonic() + rng.uniform(0.3, 3.0)
-        while time.monotonic() < until and there():
+        while time.monotonic() < until and directory.exists():
             time.sleep(0.05)
     os._exit(0)
 
 
-@contextmanager
-def competing_load() -> Iterator[None]:
-    """Run a load that comes and goes, outside of this process's tree."""
-    with tempfile.TemporaryDirectory() as directory:
-        flag = Path(directory) / f"of-{os.getpid()}"
+def _gpu_work():
+    x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+
+    def work() -> None:
+        for _ in range(20):
+            x @ x
+        torch.cuda.synchronize()
+
+    return work
+
+
+class Load:
+    """A load that comes and goes, outside of this process's tree; started when it is first wanted."""
+
+    def __init__(self, device: str, directory: Path) -> None:
+        self.device = device
+        self.directory = directory
+        self.started = False
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Let it work."""
+        if not self.started:
+            told = [str(self.directory), str(os.getpid()), self.device]
+            subprocess.run([sys.executable, __file__, "--be-a-load", *told], check=True)
+            self.started = True
+        flag = self.directory / "on"
         flag.touch()
-        subprocess.run([sys.executable, __file__, "--be-a-load", str(flag)], check=True)
-        yield
+        try:
+            yield
+        finally:
+            flag.unlink()
 
 
-def run(cell: Cell, seconds: float) -> dict[str, Any]:
+def wait_for_quiet(seconds: float) -> None:
+    """Wait, at most so long, for a second in which others kept less than a tenth of a core busy."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        before = ForeignLoad.now()
+        time.sleep(1.0)
+        if ForeignLoad.now().cores_since(before) < UNDISTURBED_CORES:
+            return
+
+
+def run(device: str, cell: Cell, seconds: float, load: Load) -> dict[str, Any]:
     """Compare once and return the row."""
-    with competing_load() if cell.condition == "load" else nullcontext():
+    began, before = time.monotonic(), ForeignLoad.now()
+    with load.on() if cell.condition == "load" else nullcontext():
         found = compare_sides(
-            side(cell, "base", 0),
-            side(cell, "head", cell.slowdown),
+            side(device, cell, "base", 0),
+            side(device, cell, "head", cell.slowdown),
             max_slowdown=MAX_SLOWDOWN,
             max_seconds=seconds,
             profile=False,
@@ -132,8 +189,9 @@ def run(cell: Cell, seconds: float) -> dict[str, Any]:
         "reason": found.reason,
         "pairs": len(found.head_samples_ms),
         "change": None if change is None else [_finite(x) for x in (change.value, change.low, change.high)],
-        "seconds": round(found.seconds, 2),
-        "foreign_load_cores": round(found.head.telemetry.get("foreign_load_cores", math.nan), 3),
+        "seconds": round(time.monotonic() - began, 2),
+        "limit_seconds": seconds,
+        "foreign_load_cores": round(ForeignLoad.now().cores_since(before), 3),
         "base_ms": [round(x, 5) for x in found.base_samples_ms],
         "head_ms": [round(x, 5) for x in found.head_samples_ms],
     }
@@ -143,34 +201,36 @@ def _finite(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def calibrate(workload: str, slowdown: int, seconds: float) -> dict[str, Any]:
+def calibrate(device: str, workload: str, seconds: float) -> list[dict[str, Any]]:
     """Measure what so many per cent more work cost, in one process with many pairs."""
     code = (
         f"import sys; sys.path.insert(0, {str(HERE)!r}); import guard_live as g;"
-        f"import json; print(json.dumps(g.calibrate_here({workload!r}, {slowdown}, {seconds})))"
+        f"import json; print(json.dumps(g.calibrate_here({device!r}, {workload!r}, {seconds})))"
     )
-    threads = WORKLOADS[workload][1]
-    env = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads else {})}
+    env = {**os.environ, **variables(device, workload)}
     done = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
-    row: dict[str, Any] = json.loads(done.stdout)
-    return row
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows
 
 
-def calibrate_here(workload: str, slowdown: int, seconds: float) -> dict[str, Any]:
+def calibrate_here(device: str, workload: str, seconds: float) -> list[dict[str, Any]]:
     import guard_live_workloads as targets
 
-    training = WORKLOADS[workload][0] == "training"
-    steps = []
-    for extra in (0, slowdown):
+    manager, rows = manager_for(device), []
+    training = WORKLOADS[device][workload][0] == "training"
+    steps = {}
+    for extra in (0, *SLOWDOWNS):
         os.environ["KPT_LIVE_EXTRA"] = str(extra)
         made = getattr(targets, workload)()
         torch.manual_seed(0)
-        model, x = made.model(), made.batch("main", 0)
+        model, x = manager.place(made.model()), manager.place(made.batch("main", 0))
         optimizer = made.optimizer(model.parameters()) if training else None
-        steps.append(_step(model, x, made.loss, optimizer))
-    seen = compare(manager_for(), steps[1], steps[0], max_seconds=seconds, max_pairs=CALIBRATION_PAIRS)
-    ratio = seen.ratio
-    return {"workload": workload, "slowdown_percent": slowdown, "measured": [ratio.value, ratio.low, ratio.high]}
+        steps[extra] = _step(model, x, made.loss, optimizer)
+    for slowdown in SLOWDOWNS:
+        seen = compare(manager, steps[slowdown], steps[0], max_seconds=seconds, max_pairs=CALIBRATION_PAIRS)
+        measured = [seen.ratio.value, seen.ratio.low, seen.ratio.high]
+        rows.append({"workload": workload, "slowdown_percent": slowdown, "measured": measured})
+    return rows
 
 
 def _step(model, x, loss, optimizer):
@@ -195,48 +255,64 @@ def interval(count: int, total: int) -> list[float]:
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return rates by condition and slowdown: of all workloads together, then of each."""
+    workloads = [*dict.fromkeys(row["workload"] for row in rows)]
     found = []
-    for condition in CONDITIONS:
+    for condition in (*CONDITIONS, "undisturbed"):
         for slowdown in (0, *SLOWDOWNS):
-            for workload in ("all", *WORKLOADS):
+            for workload in ("all", *workloads):
                 these = [
-                    r
-                    for r in rows
-                    if (r["condition"], r["slowdown_percent"]) == (condition, slowdown)
-                    and workload in ("all", r["workload"])
+                    row
+                    for row in rows
+                    if _is_of(condition, row)
+                    and row["slowdown_percent"] == slowdown
+                    and workload in ("all", row["workload"])
                 ]
-                if not these:
-                    continue
-                counts = {v: sum(r["verdict"] == v for r in these) for v in ("PASS", "FAIL", "INCONCLUSIVE")}
-                found.append(
-                    {
-                        "condition": condition,
-                        "slowdown_percent": slowdown,
-                        "workload": workload,
-                        "runs": len(these),
-                        **{v.lower(): n for v, n in counts.items()},
-                        "rate_of_fail": counts[Verdict.FAIL] / len(these),
-                        "interval": interval(counts[Verdict.FAIL], len(these)),
-                        "median_pairs": sorted(r["pairs"] for r in these)[len(these) // 2],
-                        "median_seconds": sorted(r["seconds"] for r in these)[len(these) // 2],
-                    }
-                )
+                if these:
+                    found.append(_summed(condition, slowdown, workload, these))
     return found
 
 
-def results_path() -> Path:
-    return HERE / "results" / detect("cpu").key / "guard_live.json"
+def _is_of(condition: str, row: dict[str, Any]) -> bool:
+    if condition == "undisturbed":
+        return row["condition"] == "quiet" and row["foreign_load_cores"] < UNDISTURBED_CORES
+    return bool(row["condition"] == condition)
+
+
+def _summed(condition: str, slowdown: int, workload: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    counts = {str(v): sum(row["verdict"] == v for row in rows) for v in Verdict}
+    told = {v: counts[v] for v in ("PASS", "FAIL", "INCONCLUSIVE")}
+    return {
+        "condition": condition,
+        "slowdown_percent": slowdown,
+        "workload": workload,
+        "runs": len(rows),
+        **{v.lower(): n for v, n in told.items()},
+        "rate_of_fail": counts["FAIL"] / len(rows),
+        "interval": interval(counts["FAIL"], len(rows)),
+        "median_pairs": _median(row["pairs"] for row in rows),
+        "median_seconds": _median(row["seconds"] for row in rows),
+        "median_foreign_load_cores": _median(row["foreign_load_cores"] for row in rows),
+    }
+
+
+def _median(values: Iterator[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
+
+
+def results_path(device: str) -> Path:
+    return HERE / "results" / detect(device).key / "guard_live.json"
 
 
 def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"rows": [], "calibration": []}
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
+def write(path: Path, found: dict[str, Any], device: str) -> None:
     """Write the artefact; a reader never sees half of one."""
     document = {
         "what": "each row: one live comparison, of a workload with itself (slowdown 0) or with more of the same work",
-        "device": detect("cpu").key,
+        "device": detect(device).key,
         "software": {"torch": torch.__version__, "python": platform.python_version()},
         "max_slowdown": MAX_SLOWDOWN,
         "summary": summary(found["rows"]),
@@ -250,14 +326,14 @@ def write(path: Path, found: dict[str, Any]) -> None:
 
 
 def show(rows: list[dict[str, Any]], calibration: list[dict[str, Any]]) -> None:
-    print(f"{'condition':9} {'slower':>6} {'workload':9} {'runs':>4} {'FAIL':>5} {'PASS':>5} {'?':>4}  rate of FAIL")
+    print(f"{'condition':11} {'slower':>6} {'workload':12} {'runs':>4} {'FAIL':>5} {'PASS':>5} {'?':>4}  rate of FAIL")
     for s in summary(rows):
         low, high = s["interval"]
         counts = f"{s['fail']:5} {s['pass']:5} {s['inconclusive']:4}"
         print(
-            f"{s['condition']:9} {s['slowdown_percent']:5} % {s['workload']:9} {s['runs']:4} {counts}  "
+            f"{s['condition']:11} {s['slowdown_percent']:4} % {s['workload']:12} {s['runs']:4} {counts}  "
             f"{s['rate_of_fail']:.3f} ({low:.3f} to {high:.3f}), {s['median_pairs']} pairs, "
-            f"{s['median_seconds']:.0f} s"
+            f"{s['median_seconds']:.0f} s, others {s['median_foreign_load_cores']:.2f} cores"
         )
     for c in calibration:
         value, low, high = c["measured"]
@@ -269,17 +345,23 @@ def show(rows: list[dict[str, Any]], calibration: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=300, help="A/A runs of each condition; a fifth of each slowdown")
+    parser.add_argument("--device", choices=[*WORKLOADS], default="cpu")
+    parser.add_argument("--runs", type=int, default=150, help="A/A runs of each condition")
+    parser.add_argument("--slow-runs", type=int, help="of each slowdown and condition; by default a fifth, at least 3")
     parser.add_argument("--seconds", type=float, default=15.0, help="limit of one run's sampling")
+    parser.add_argument("--deadline", type=float, default=math.inf, help="no run begins after so many seconds")
     parser.add_argument("--only", choices=["all", "aa", "slow"], default="all")
+    parser.add_argument("--workload", help="this one only; by default all, in turn")
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds a quiet run waits for others to be quiet")
     parser.add_argument("--conditions", default=",".join(CONDITIONS))
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--summary", action="store_true")
-    parser.add_argument("--be-a-load", metavar="FLAG", help=argparse.SUPPRESS)
+    parser.add_argument("--be-a-load", nargs=3, metavar=("DIRECTORY", "PID", "DEVICE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.be_a_load:
-        be_a_load(given.be_a_load)
-    path = given.output or results_path()
+        directory, driver, device = given.be_a_load
+        be_a_load(Path(directory), int(driver), device)
+    path = given.output or results_path(given.device)
     found = read(path)
     if not given.summary:
         fill(found, path, given)
@@ -287,23 +369,31 @@ def main() -> None:
 
 
 def fill(found: dict[str, Any], path: Path, given: argparse.Namespace) -> None:
-    """Run what is missing."""
-    wanted = cells(given.runs, given.only, given.conditions.split(","))
-    known = {(c["workload"], c["slowdown_percent"]) for c in found["calibration"]}
-    for workload, slowdown in sorted({(c.workload, c.slowdown) for c in wanted if c.slowdown} - known):
-        found["calibration"].append(calibrate(workload, slowdown, given.seconds))
-        write(path, found)
+    """Run what is missing, until the deadline."""
+    end = time.monotonic() + given.deadline
     done = {row["key"] for row in found["rows"]}
-    for cell in wanted:
-        if cell.key in done:
-            continue
-        row = run(cell, given.seconds)
-        found["rows"].append(row)
-        write(path, found)
-        print(
-            f"{cell.key:24} {row['verdict']:12} {row['pairs']:4} pairs {row['seconds']:5.1f} s  {row['reason']}",
-            flush=True,
-        )
+    calibrated = {c["workload"] for c in found["calibration"]}
+    with tempfile.TemporaryDirectory() as directory:
+        load = Load(given.device, Path(directory))
+        for cell in cells(given):
+            if cell.key in done:
+                continue
+            if time.monotonic() > end:
+                print("the deadline ended it")
+                break
+            if cell.slowdown and cell.workload not in calibrated:
+                calibrated.add(cell.workload)
+                found["calibration"] += calibrate(given.device, cell.workload, given.seconds)
+            if cell.condition == "quiet":
+                wait_for_quiet(given.wait)
+            row = run(given.device, cell, given.seconds, load)
+            found["rows"].append(row)
+            write(path, found, given.device)
+            print(
+                f"{cell.key:26} {row['verdict']:12} {row['pairs']:4} pairs {row['seconds']:5.1f} s  "
+                f"others {row['foreign_load_cores']:.2f}  {row['reason']}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ def parts() -> int:
 
 
 class Products(nn.Module):
-    """`count` matrix products of 64 rows, summed, so that a gradient flows through each."""
+    """`count` matrix products of all rows, summed, so that a gradient flows through each."""
 
-    def __init__(self, count: int, width: int) -> None:
+    def __init__(self, count: int, width: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.count = count
-        self.weight = nn.Parameter(torch.randn(width, width) / width**0.5)
+        self.weight = nn.Parameter((torch.randn(width, width) / width**0.5).to(dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x
@@ -39,21 +39,43 @@ def _loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return model(batch).square().mean()
 
 
+def _adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-5)
+
+
 def products() -> Workload:
-    """Inference, bound by arithmetic; some ms."""
+    """Inference, bound by arithmetic; some ms of a CPU."""
     return Workload(model=lambda: Products(parts(), 192), inputs=lambda: torch.randn(64, 192))
 
 
 def launches() -> Workload:
-    """Inference, bound by the host: operators of microseconds."""
+    """Inference, bound by the host: operators of microseconds, on a CPU and on a GPU."""
     return Workload(model=lambda: Products(parts(), 8), inputs=lambda: torch.randn(4, 8))
 
 
 def training() -> Workload:
-    """Whole training steps."""
+    """Whole training steps; some ms of a CPU."""
     return Workload(
         model=lambda: Products(parts(), 128),
         inputs=lambda: torch.randn(64, 128),
         loss=_loss,
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
+        optimizer=_adamw,
+    )
+
+
+def gpu_products() -> Workload:
+    """Inference, bound by arithmetic; some ms of a GPU."""
+    return Workload(
+        model=lambda: Products(parts(), 2048, torch.bfloat16),
+        inputs=lambda: torch.randn(4096, 2048).to(torch.bfloat16),
+    )
+
+
+def gpu_training() -> Workload:
+    """Whole training steps; some ms of a GPU, whose kernels take longer than their launches."""
+    return Workload(
+        model=lambda: Products(parts(), 1024, torch.bfloat16),
+        inputs=lambda: torch.randn(8192, 1024).to(torch.bfloat16),
+        loss=_loss,
+        optimizer=_adamw,
     )
