@@ -10,6 +10,7 @@ from torch import Tensor
 from kernel_pytorch.attention import flash_op
 from kernel_pytorch.attention.applies import banded, first, gpu_capability, half_precision
 from kernel_pytorch.attention.flash_op import Problem
+from kernel_pytorch.attention.gradient_layout import in_layout, keep_layout
 from kernel_pytorch.attention.shaping import additive_mask, evenly
 from kernel_pytorch.attention.types import Alignment, AttentionShape, Implementation
 from kernel_pytorch.core.types import Skip
@@ -63,8 +64,7 @@ def _call(
         False,  # noqa: FBT003
         scale=head_dim**-0.5 if scale is None else scale,
     )
-    result: Tensor = out
-    return result[..., :value_dim]
+    return keep_layout(out)[..., :value_dim]
 
 
 def _backward(
@@ -75,7 +75,7 @@ def _backward(
     assert problem.left < 0
     seed = torch.empty((), dtype=torch.int64, device=q.device)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(  # noqa: SLF001
-        *(tensor.transpose(1, 2) for tensor in (grad, q, k, v, out)),
+        *(tensor.transpose(1, 2) for tensor in (in_layout(grad, out.stride()), q, k, v, out)),
         lse.unsqueeze(-1),
         seed,
         seed,

@@ -95,8 +95,6 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor,
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Compiled kernels are kept under a key that knows no strides: all calls come in the layout of the first.
-    q, k, v, out, grad = (tensor.contiguous() for tensor in (q, k, v, out, grad))
     dq, dk, dv = _interface()._flash_attn_bwd(q, k, v, out, grad, lse, **_options(problem))[:3]  # noqa: SLF001
     return dq, dk, dv
 

@@ -207,10 +207,11 @@ def _compare(case: Case, out: Tensor, *, backward: bool, exact: bool) -> dict[st
     shape = case.shape
     documents, heads, kv_heads, rows = _sample(shape, out.device)
 
+    def by_document(tensor: Tensor, tokens: int) -> Tensor:
+        return tensor.unflatten(0, (shape.batch, tokens)).transpose(1, 2) if shape.packed else tensor
+
     def picked(tensor: Tensor, tokens: int, which: Tensor) -> Tensor:
-        if shape.packed:
-            tensor = tensor.unflatten(0, (shape.batch, tokens)).transpose(1, 2)
-        return tensor[documents][:, which]
+        return by_document(tensor, tokens)[documents][:, which]
 
     roles = ((shape.q_len, heads), (shape.kv_len, kv_heads), (shape.kv_len, kv_heads))
     small = [picked(tensor.detach(), *role) for tensor, role in zip(case.inputs(), roles, strict=True)]
@@ -218,7 +219,7 @@ def _compare(case: Case, out: Tensor, *, backward: bool, exact: bool) -> dict[st
     left, right = shape.window or (None, 0 if shape.is_causal else None)
     band: dict[str, Any] = {"left": left, "right": right, "softcap": shape.softcap}
     band["alignment"] = "lower_right" if shape.packed else shape.alignment
-    got = picked(out, shape.q_len, heads)[:, :, rows]
+    got = picked(out.detach(), shape.q_len, heads)[:, :, rows]
     if case.mask is None:
         want = reference.attend(small[0], small[1], small[2], rows=rows, **band)
     else:
@@ -226,7 +227,10 @@ def _compare(case: Case, out: Tensor, *, backward: bool, exact: bool) -> dict[st
     errors = {"the output": _relative(got, want)}
     if backward:
         weight = torch.randn_like(got)
-        gradients = torch.autograd.grad(got, case.inputs(), weight)
+        # In the output's own layout, as it comes in a model: what is compiled for this call may be kept for that one.
+        gradient = torch.zeros_like(out)
+        by_document(gradient, shape.q_len)[documents[:, None, None], heads[:, None], rows] = weight
+        gradients = torch.autograd.grad(out, case.inputs(), gradient)
         expected = torch.autograd.grad(want, small, weight.to(want.dtype))
         for name, gradient, role, right_one in zip("qkv", gradients, roles, expected, strict=True):
             errors[f"the gradient of {name}"] = _relative(picked(gradient, *role), right_one)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kernel_pytorch.attention.gradient_layout import keep_layout
 from kernel_pytorch.attention.reference import visible
 from kernel_pytorch.attention.shaping import offset
 from kernel_pytorch.attention.types import Alignment, AttentionShape, Bound, Implementation
@@ -78,7 +79,7 @@ def _call(
         right = None
     if query.is_cuda:
         query, key, value = _readable(query), _readable(key), _readable(value)
-    return scaled_dot_product_attention(
+    out = scaled_dot_product_attention(
         query,
         key,
         value,
@@ -88,6 +89,7 @@ def _call(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    return keep_layout(out) if out.dtype in _HALF else out
 
 
 def _bind(
@@ -105,9 +107,10 @@ def _bind(
             odd |= offset(query) | offset(key) | offset(value)
             if odd & 7 or not (q[3] == k[3] == v[3] == 1):
                 query, key, value = _readable(query), _readable(key), _readable(value)
-        return scaled_dot_product_attention(
+        out = scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+        return keep_layout(out) if vectors else out
 
     return bound
 

@@ -1,0 +1,78 @@
+"""The layout in which the gradient of attention's output arrives: cuDNN by PyTorch 2.11 mistakes others."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from kernel_pytorch.attention import AttentionShape, gradient_layout
+from kernel_pytorch.attention.gradient_layout import in_layout, keep_layout
+from kernel_pytorch.attention.probe import make_case, relative_errors
+from kernel_pytorch.attention.reference import attend
+
+
+class Watched(torch.autograd.Function):
+    """The identity that notes the strides of its gradient."""
+
+    seen: ClassVar[list[tuple[int, ...]]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        Watched.seen.append(gradient.stride())
+        return gradient
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen() -> None:
+    Watched.seen.clear()
+
+
+def turned(*shape: int) -> torch.Tensor:
+    batch, heads, tokens, size = shape
+    return torch.randn(batch, tokens, heads, size).transpose(1, 2)
+
+
+def test_a_gradient_in_another_layout_is_copied_and_one_in_the_same_is_not() -> None:
+    x = turned(2, 3, 5, 4)
+    assert in_layout(x, x.stride()) is x
+    other = in_layout(x.contiguous(), x.stride())
+    assert other.stride() == x.stride()
+    assert torch.equal(other, x)
+    assert torch.equal(in_layout(torch.ones(1).expand(2, 3, 5, 4), x.stride()), torch.ones(2, 3, 5, 4))
+
+
+def test_the_hook_brings_gradients_into_the_layout_of_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_layout, "_needed", lambda device: True)
+    x = turned(2, 3, 5, 4).requires_grad_()
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    out, weight = Watched.apply(x * 1.0).as_subclass(OnGpu), torch.randn(2, 3, 5, 4)
+    (keep_layout(out) * weight).sum().backward()
+    assert Watched.seen == [x.stride()]
+    assert torch.allclose(x.grad, weight)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_probe_differentiates_as_a_model_does(packed: bool) -> None:
+    shape = AttentionShape(2, 4, 2, 32, 32, 8, dtype=torch.float32, is_causal=True, packed=packed).canonical()
+    case = make_case(shape, torch.device("cpu"), backward=True)
+    strides = []
+
+    def run(case: Any) -> torch.Tensor:
+        inputs = [t.unflatten(0, (2, 32)).transpose(1, 2) if packed else t for t in case.inputs()]
+        out = attend(*inputs, right=0).transpose(1, 2).contiguous()
+        out = out.flatten(0, 1) if packed else out.transpose(1, 2)
+        strides.append(out.stride())
+        return Watched.apply(out)
+
+    errors = relative_errors(case, run, backward=True)
+    assert max(errors.values()) < 1e-5
+    assert Watched.seen == strides
