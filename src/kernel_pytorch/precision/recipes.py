@@ -81,6 +81,17 @@ class Recipe:
         """Whether scales come from casts before."""
         return self.scaling is Scaling.DELAYED
 
+    def amax(self, magnitudes: torch.Tensor, operand: str, *, summed: int) -> torch.Tensor:
+        """Return the largest magnitude that each element shares its scale with, of a shape that broadcasts.
+
+        Args:
+            magnitudes: `[rows, columns]`.
+            operand: `input`, `weight` or `gradient`.
+            summed: Dimension that the product sums over.
+        """
+        del operand, summed
+        return magnitudes.amax().reshape(1, 1)
+
     def dtype(self, operand: str) -> torch.dtype:
         """Return the format of `input`, `weight` or `gradient`."""
         return FORMATS[str(getattr(self, f"{operand}_format"))]

@@ -15,6 +15,7 @@ from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Sk
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.ops.gated_mlp.reference import gated_mlp_reference
 from kernel_pytorch.precision.eligible import verdicts
+from kernel_pytorch.precision.emulate import emulate_linear
 from kernel_pytorch.precision.linear import restore_linear, swap_linears
 from kernel_pytorch.precision.mlp import fusible, restore_mlp, swap_mlp
 from kernel_pytorch.precision.observe import alike, observe
@@ -89,6 +90,16 @@ class Float8:
         if left:
             program.notes.append(f"linear layers that keep their format: {_reasons(left)}")
         return program
+
+    def emulate(self, model: nn.Module, step: Step) -> nn.Module:
+        """Let a model round its operands as the step does, in plain PyTorch and its own precision, and return it.
+
+        What that costs is what a faithful implementation may cost.
+        """
+        for verdict in verdicts(model):
+            if not verdict.reason:
+                emulate_linear(verdict.layer, str(step.params["recipe"]))
+        return model
 
     def source(self, step: Step) -> str:
         """It has none: the casts are Triton code of this package.

@@ -16,6 +16,7 @@ from torch import nn
 from kernel_pytorch.core.program import clone_call, clone_model, plain_call
 from kernel_pytorch.core.types import Check, Gate, Mode
 from kernel_pytorch.core.workload import Call
+from kernel_pytorch.validation.float8 import check_float8_linear, check_float8_mlp, is_float8_linear, is_float8_mlp
 from kernel_pytorch.validation.subject import attempt, run
 
 __all__ = ["SITES", "kernel_checks"]
@@ -158,6 +159,8 @@ def _named(name: str, ratio: float, detail: str) -> Check:
 
 SITES: list[tuple[Callable[[nn.Module], bool], Callable[[str, nn.Module, nn.Module, torch.Tensor], list[Check]]]] = [
     (_is_quantised_linear, _check_linear),
+    (is_float8_linear, check_float8_linear),
+    (is_float8_mlp, check_float8_mlp),
 ]
 
 
@@ -185,7 +188,7 @@ def kernel_checks(candidate: nn.Module, reference: nn.Module, call: Call, mode: 
     checks: list[Check] = []
     for name, (module, check) in sites.items():
         if name in inputs:
-            dtype = getattr(module.weight, "dtype", inputs[name].dtype)
+            dtype = getattr(getattr(module, "weight", None), "dtype", inputs[name].dtype)
             with torch.no_grad():
                 checks += check(name, module, theirs[name], inputs[name].to(dtype))
     return checks

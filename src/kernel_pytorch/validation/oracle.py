@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from kernel_pytorch.core.program import clone_call, clone_model
-from kernel_pytorch.core.types import Mode
+from kernel_pytorch.core.types import Mode, Step
 from kernel_pytorch.core.workload import Call, Workload
 from kernel_pytorch.errors import InputsError, ModelError
 from kernel_pytorch.validation.compare import Flat, compare_values, flatten, same_bits, tensor_error
@@ -20,8 +20,10 @@ from kernel_pytorch.validation.lift import lift_tree, lifted, lifted_model
 from kernel_pytorch.validation.subject import Memo, Observed, attempt, observe, run
 from kernel_pytorch.validation.vary import batch_size, redrawn, rows_of
 
-__all__ = ["Oracle", "batch_calls", "digest", "identity", "loss_of"]
+__all__ = ["Emulation", "Oracle", "batch_calls", "digest", "identity", "loss_of"]
 
+Emulation = Callable[[nn.Module, Step], nn.Module]
+"""Rounds a model's operands as a step does, in place, and returns the model."""
 _SEEDS = {"quick": 2, "standard": 2, "strict": 5}
 _MIN_CALLS = {"quick": 4, "standard": 5, "strict": 7}
 _ROWS = 4
@@ -269,6 +271,26 @@ class Oracle:
 
         def compute() -> dict[str, Any]:
             flat, error = attempt(lambda: self._cast(call, seed, dtype))
+            return {"flat": None if error else flat.as_dict(), "error": error}
+
+        found = self.memo.get(key, compute)
+        return None if found["flat"] is None else Flat(**found["flat"])
+
+    def emulated(self, case: str, index: int, step: Step, emulate: Emulation) -> Flat | None:
+        """Return the outputs where operands are rounded as a step rounds them, all else as it was; `None` if it raises.
+
+        Args:
+            case: Name of the case.
+            index: Of the judging call.
+            step: The step.
+            emulate: Rounds in a copy of the model, in the model's own precision.
+        """
+        call, seed = self.calls(case)[index]
+        key = f"emulated {step} {self.identity} {digest_of(call)} {seed}"
+
+        def compute() -> dict[str, Any]:
+            model = emulate(clone_model(self.reference), step)
+            flat, error = attempt(lambda: flatten(run(model, clone_call(call), self.mode, seed)).frozen())
             return {"flat": None if error else flat.as_dict(), "error": error}
 
         found = self.memo.get(key, compute)

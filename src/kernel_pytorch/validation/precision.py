@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+from kernel_pytorch import catalog
 from kernel_pytorch.core.types import Check, Gate, Step
+from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.validation.compare import Error, Flat, compare_values
-from kernel_pytorch.validation.oracle import Oracle
+from kernel_pytorch.validation.oracle import Emulation, Oracle
 from kernel_pytorch.validation.subject import Observed
 
-__all__ = ["Budgets", "budgets", "declared_dtype", "precision_checks"]
+__all__ = ["Budgets", "budgets", "declared_dtype", "emulation", "precision_checks"]
 
 _NAMES = {
     "bf16": torch.bfloat16,
@@ -44,6 +46,15 @@ def declared_dtype(step: Step) -> torch.dtype | None:
     return next((_NAMES[v] for v in step.params.values() if isinstance(v, str) and v in _NAMES), None)
 
 
+def emulation(step: Step) -> Emulation | None:
+    """Return what emulates the rounding of a step, for steps that can say what it costs by that; else `None`."""
+    try:
+        found: Emulation | None = getattr(catalog.find(step.transform), "emulate", None)
+    except CandidateError:
+        return None
+    return found
+
+
 def _merge(found: list[dict[str, Error]]) -> dict[str, Error]:
     worst: dict[str, Error] = {}
     for errors in found:
@@ -64,16 +75,25 @@ def budgets(
 ) -> Budgets:
     """Derive what each output may differ from the oracle.
 
-    Structural candidates: 20 times the reference's own error (at least 1e-5), but never above `max_error` unless the
+    Steps that emulate their own rounding (FP8 training): twice what the emulation costs, whatever `max_error` says: no
+    implementation of their formats errs less, and what decides about them is gradients and learning. Structural
+    candidates: 20 times the reference's own error (at least 1e-5), but never above `max_error` unless the
     reference itself is that far off. A plain cast: twice what plain casting costs, at most `max_error`. Quantisation:
     `max_error`. Integer outputs: the share that twice the plain cast's flips explain, and three elements.
     """
     want = oracle.observed(case)
     exact = [oracle.exact(case, i) for i in indices]
     own = _merge([compare_values(want.outputs[i], e, samples=True) for i, e in zip(indices, exact, strict=True)])
-    dtypes = {declared_dtype(s) for s in low}
+    emulating = [(s, e) for s in low if (e := emulation(s)) is not None]
+    rounded: list[dict[str, Error]] = []
+    for step, emulate in emulating:
+        flats = [oracle.emulated(case, i, step, emulate) for i in indices]
+        rounded.append(
+            _merge([compare_values(f, e, samples=True) for f, e in zip(flats, exact, strict=True) if f is not None])
+        )
+    dtypes = {declared_dtype(s) for s in low if emulation(s) is None}
     costs: list[dict[str, Error]] = []
-    if low and None not in dtypes:
+    if dtypes and None not in dtypes:
         for dtype in dtypes:
             assert dtype is not None
             casts = [oracle.cast(case, i, dtype) for i in indices]
@@ -82,15 +102,17 @@ def budgets(
     allowed = {}
     for path, mine in own.items():
         if mine.discrete:
-            flips = max([mine.row, *(c[path].row for c in costs if path in c)]) * mine.count
+            flips = max([mine.row, *(c[path].row for c in (*costs, *rounded) if path in c)]) * mine.count
             allowed[path] = min(0.5, (2 * flips + 3) / max(mine.count, 1)) + 3 * noise
             continue
-        floor = max(1e-5, 2 * mine.row, 3 * noise)
+        floor = max([1e-5, 2 * mine.row, 3 * noise, *(_CAST * c[path].row for c in rounded if path in c)])
         if not low:
             limit = min(max_error, _REORDERED * mine.row)
         elif costs and all(path in c for c in costs):
             rounding = max(2 * torch.finfo(d).eps for d in dtypes if d is not None)
             limit = min(max_error, max(rounding, _CAST * max(c[path].row for c in costs)))
+        elif len(emulating) == len(low):
+            limit = floor
         else:
             limit = max_error
         allowed[path] = max(floor, limit)

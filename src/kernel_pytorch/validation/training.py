@@ -23,7 +23,7 @@ from kernel_pytorch.validation.compare import tensor_error
 from kernel_pytorch.validation.gradients import Gradients, gradient_checks, gradients_of
 from kernel_pytorch.validation.lift import lift_tree, lifted, lifted_model
 from kernel_pytorch.validation.oracle import Oracle, loss_of
-from kernel_pytorch.validation.precision import declared_dtype
+from kernel_pytorch.validation.precision import declared_dtype, emulation
 from kernel_pytorch.validation.subject import Subject, attempt, routed, seeded
 from kernel_pytorch.validation.updates import update_check
 from kernel_pytorch.validation.vary import nudged, zero_dropout
@@ -74,6 +74,19 @@ def _reference(oracle: Oracle) -> nn.Module:
     return model
 
 
+def _emulated(model: nn.Module, low: list[Step]) -> nn.Module:
+    """Let a model round as those steps do that emulate their own rounding."""
+    for step in low:
+        emulate = emulation(step)
+        model = model if emulate is None else emulate(model, step)
+    return model
+
+
+def _dearer(costs: Gradients, rounded: Gradients) -> Gradients:
+    """Return the gradients that tell the larger cost: emulated rounding costs more than casting to 16 bits."""
+    return costs if rounded.error else rounded
+
+
 def _autocast(oracle: Oracle, low: list[Step]) -> Any:
     dtypes = [d for d in map(declared_dtype, low) if d is not None]
     device = next((p.device.type for p in oracle.reference.parameters()), "cpu")
@@ -98,6 +111,9 @@ def _gradients(subject: Subject, oracle: Oracle, low: list[Step], program: Progr
         with _autocast(oracle, low):
             return gradients_of(_reference(oracle), loss, batch, seed).as_dict()
 
+    def emulated() -> dict[str, Any]:
+        return gradients_of(_emulated(_reference(oracle), low), loss, batch, seed).as_dict()
+
     own = Gradients(**oracle.memo.get(f"{key} plain", plain))
     want = Gradients(**oracle.memo.get(f"{key} exact", exact))
     if want.error:
@@ -106,7 +122,10 @@ def _gradients(subject: Subject, oracle: Oracle, low: list[Step], program: Progr
     costs = own
     if any(declared_dtype(s) for s in low):
         costs = Gradients(**oracle.memo.get(f"{key} {[str(s) for s in low]}", cast))
-    undeclared = any(declared_dtype(s) is None for s in low)
+    rounding = [s for s in low if emulation(s) is not None]
+    if rounding:
+        costs = _dearer(costs, Gradients(**oracle.memo.get(f"{key} emulated {[str(s) for s in rounding]}", emulated)))
+    undeclared = any(declared_dtype(s) is None and emulation(s) is None for s in low)
     kept, budgets = _budgets(want, own, costs, low=bool(low), least=subject.config.max_error if undeclared else 1e-3)
     model = program.model
     with _unchanged(model):
@@ -220,6 +239,10 @@ def _curve(
         model = nudged(model) if nudge else model
         return _losses(model, loss, _optimizer(workload, model), batches, seed=seed + shift, context=context)
 
+    def rounded() -> list[float]:
+        model = _emulated(clone_model(oracle.reference) if dropout else _reference(oracle), low)
+        return _losses(model, loss, _optimizer(workload, model), batches, seed=seed)
+
     key = f"curve {oracle.identity} {seed} {steps} {dropout}"
     want = oracle.memo.get(f"{key} plain", plain)
     moved = oracle.memo.get(f"{key} nudged", lambda: plain(nudge=True))
@@ -231,7 +254,11 @@ def _curve(
     if any(declared_dtype(s) for s in low):
         cast = oracle.memo.get(f"{key} {[str(s) for s in low]}", lambda: plain(context=lambda: _autocast(oracle, low)))
         spread.append(_CAST * _apart(want, cast))
-    floor = subject.config.max_error if any(declared_dtype(s) is None for s in low) else 5e-3 if low else 1e-5
+    rounding = [s for s in low if emulation(s) is not None]
+    if rounding:
+        spread.append(_CAST * _apart(want, oracle.memo.get(f"{key} emulated {[str(s) for s in rounding]}", rounded)))
+    undeclared = any(declared_dtype(s) is None and emulation(s) is None for s in low)
+    floor = subject.config.max_error if undeclared else 5e-3 if low else 1e-5
     floor = max(floor, _NARROW_CURVE) if narrow else floor
     budget = max(floor, *spread)
     with _unchanged(program.model):
