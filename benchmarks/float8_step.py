@@ -39,7 +39,9 @@ BF16: list[tuple[str, dict[str, Any]]] = [
 def variants(device: kp.DeviceSpec) -> dict[str, list[tuple[str, dict[str, Any]]]]:
     """Return the steps by variant, less those that cannot run on this machine."""
     base = [(name, params) for name, params in BF16 if find(name).probe(device) is None]
-    return {"bf16": base} | {f"float8 {name}": [*base, ("float8", {"recipe": name})] for name in RECIPES}
+    found = {"bf16": base} | {f"float8 {name}": [*base, ("float8", {"recipe": name})] for name in RECIPES}
+    found["float8 tensorwise_delayed + head"] = [*base, ("float8", {"recipe": "tensorwise_delayed", "head": True})]
+    return found
 
 
 def run(target: str, steps: list[tuple[str, dict[str, Any]]], repeats: int) -> dict[str, Any]:

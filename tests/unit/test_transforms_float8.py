@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from kernel_pytorch.catalog import apply_candidate, find
+from kernel_pytorch.core.config import KernelPyTorchConfig, NvidiaWants
 from kernel_pytorch.core.program import begin, restore, ship, state_digest
 from kernel_pytorch.core.types import Candidate, Mode, Skip, Step
 from kernel_pytorch.core.workload import Call
-from kernel_pytorch.errors import CandidateError
+from kernel_pytorch.errors import CandidateError, KptError
 from kernel_pytorch.hardware import detect
 from kernel_pytorch.precision.eligible import verdicts
 from kernel_pytorch.precision.recipes import RECIPES
 from kernel_pytorch.precision.site import sites_of
+from kernel_pytorch.search.propose import propose
 
 
 class Language(nn.Module):
@@ -34,9 +37,9 @@ class Language(nn.Module):
         return self.head(x) + self.odd(x).mean()
 
 
-def applied(model: nn.Module, recipe: str):
+def applied(model: nn.Module, recipe: str, **params: bool):
     program = begin(model, Mode.TRAINING, {"main": Call((torch.zeros(2, 8, dtype=torch.long),))})
-    return apply_candidate(program, Candidate((Step("float8", {"recipe": recipe}),)))
+    return apply_candidate(program, Candidate((Step("float8", {"recipe": recipe, **params}),)))
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
@@ -74,6 +77,32 @@ def test_every_layer_has_a_verdict_with_its_reason() -> None:
     assert "16 does not divide" in allowed["head"]  # 50 words
     model.second.forward = lambda x: x
     assert "replaced" in {v.path: v.reason for v in verdicts(model)}["second"]
+
+
+def test_the_head_takes_part_where_the_user_allows_it() -> None:
+    transform = find("float8")
+    hopper = replace(detect("cpu"), vendor="nvidia", arch="sm_90", features=("bf16", "fp8"))
+    spec = SimpleNamespace(mode=Mode.TRAINING, modules=("Linear",))
+    for allowed in (False, True):
+        config = KernelPyTorchConfig.for_training(nvidia=NvidiaWants(allow_float8_lm_head=allowed))
+        assert KernelPyTorchConfig(**config.as_json()).nvidia == config.nvidia
+        steps = propose([transform], spec, hopper, config).steps[0][1]
+        assert any(step.params.get("head") for step in steps) is allowed
+        assert Step("float8", {"recipe": "tensorwise_delayed"}) in steps
+    with pytest.raises(KptError, match="nvidia: unknown 'allow_all'"):
+        KernelPyTorchConfig(nvidia=("allow_all",))
+
+    class Wide(Language):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(64, 32), nn.Linear(32, 64, bias=False)
+
+    torch.manual_seed(0)
+    model = Wide()
+    applied(model, "tensorwise_delayed", head=True)
+    assert [path for path, _, _ in sites_of(model)] == ["first", "second", "head"]
+    model(torch.arange(16).view(2, 8)).logsumexp(-1).mean().backward()
+    assert model.head.weight.grad is not None
 
 
 def test_a_head_is_found_by_what_it_shares_or_maps() -> None:

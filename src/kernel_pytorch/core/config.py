@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from kernel_pytorch.core.types import Mode, Scalar
 from kernel_pytorch.errors import KptError
 
-__all__ = ["BUDGETS_S", "GPU_BUDGETS_S", "KernelPyTorchConfig", "budget_seconds"]
+__all__ = ["BUDGETS_S", "GPU_BUDGETS_S", "KernelPyTorchConfig", "NvidiaWants", "budget_seconds"]
 
 BUDGETS_S: dict[str, float] = {"quick": 60.0, "default": 240.0, "thorough": 1800.0}
 """Seconds a search may take, confirmation included, by the name `--budget` accepts."""
@@ -26,6 +26,17 @@ def budget_seconds(name: str, vendor: str) -> float:
         vendor: As in `DeviceSpec.vendor`.
     """
     return (BUDGETS_S if vendor == "cpu" else GPU_BUDGETS_S)[name]
+
+
+@dataclass(frozen=True, slots=True)
+class NvidiaWants:
+    """What only a user can want of NVIDIA GPUs.
+
+    Attributes:
+        allow_float8_lm_head: Whether the layer that makes logits may train in FP8.
+    """
+
+    allow_float8_lm_head: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,7 @@ class KernelPyTorchConfig:
         outside: What an applied model does with inputs outside the workload: `original` runs and counts the
             unmodified model (which stays in memory for that), `error` raises.
         trust_remote_code: Whether code from a model hub may run.
+        nvidia: What is wanted of NVIDIA GPUs; also as the names of what is allowed, as plans store it.
 
     Raises:
         KptError: A value out of range.
@@ -64,6 +76,7 @@ class KernelPyTorchConfig:
     exclude: tuple[str, ...] = ()
     outside: str = "original"
     trust_remote_code: bool = False
+    nvidia: NvidiaWants = NvidiaWants()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", Mode(self.mode))
@@ -77,6 +90,7 @@ class KernelPyTorchConfig:
             raise KptError(f"isolation must be 'process' or 'none', got {self.isolation!r}")
         if self.outside not in ("original", "error"):
             raise KptError(f"outside must be 'original' or 'error', got {self.outside!r}")
+        object.__setattr__(self, "nvidia", _wants(self.nvidia))
         both = set(self.only) & set(self.exclude)
         if both:
             raise KptError(f"transforms both in only and exclude: {', '.join(sorted(both))}")
@@ -107,4 +121,16 @@ class KernelPyTorchConfig:
 
     def as_json(self) -> dict[str, Scalar | list[str] | None]:
         """Return the fields as plain JSON values, as a plan stores them."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {**plain, "nvidia": [name for name, wanted in asdict(self.nvidia).items() if wanted]}
+
+
+def _wants(given: Any) -> NvidiaWants:
+    """Return what is wanted, given as such or as the names of what is allowed."""
+    if isinstance(given, NvidiaWants):
+        return given
+    names, known = tuple(given), [field.name for field in fields(NvidiaWants)]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise KptError(f"nvidia: unknown {', '.join(map(repr, unknown))}", fix=f"known: {', '.join(known)}")
+    return NvidiaWants(**dict.fromkeys(names, True))

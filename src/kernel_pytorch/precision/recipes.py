@@ -10,7 +10,7 @@ import torch
 from kernel_pytorch.errors import InputsError
 from kernel_pytorch.ops.float8_cast import FORMATS
 
-__all__ = ["RECIPES", "Product", "Recipe", "Scaling", "recipe_named"]
+__all__ = ["RECIPES", "Product", "Recipe", "Scaling", "holds_tails", "recipe_named"]
 
 
 class Scaling(StrEnum):
@@ -109,6 +109,11 @@ RECIPES: dict[str, Recipe] = {
 Scales are powers of two: a format of floating point loses no precision by that, only up to half of its range at the
 lower end, and a delayed scale that moves does not change what a value is rounded to.
 """
+
+
+def holds_tails(name: str | Recipe) -> bool:
+    """Return whether a recipe's format of gradients has the range of those of logits: E5M2."""
+    return recipe_named(name).gradient_format == "e5m2"
 
 
 def recipe_named(name: str | Recipe) -> Recipe:

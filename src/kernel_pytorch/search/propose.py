@@ -53,6 +53,11 @@ def select(transforms: Sequence[Transform], config: KernelPyTorchConfig) -> tupl
     return tuple(t for t in transforms if (not config.only or t.name in config.only) and t.name not in config.exclude)
 
 
+def _allowed(step: Step, config: KernelPyTorchConfig) -> bool:
+    """Return whether the user allows what a step says that it does beyond the usual."""
+    return config.nvidia.allow_float8_lm_head or not (step.transform == "float8" and step.params.get("head"))
+
+
 def propose(
     transforms: Sequence[Transform], workload: WorkloadSpec, device: DeviceSpec, config: KernelPyTorchConfig
 ) -> Proposals:
@@ -65,6 +70,8 @@ def propose(
             answer = Skip(f"not for {workload.mode}")
         else:
             answer = transform.probe(device) or transform.propose(workload, device)
+            if not isinstance(answer, Skip):
+                answer = [step for step in answer if _allowed(step, config)]
         if isinstance(answer, Skip):
             skipped.append(Skipped(transform.name, answer.reason, answer.fix))
         elif answer:

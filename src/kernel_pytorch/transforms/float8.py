@@ -19,7 +19,7 @@ from kernel_pytorch.precision.emulate import emulate_linear
 from kernel_pytorch.precision.linear import restore_linear, swap_linears
 from kernel_pytorch.precision.mlp import fusible, restore_mlp, swap_mlp
 from kernel_pytorch.precision.observe import alike, observe
-from kernel_pytorch.precision.recipes import RECIPES
+from kernel_pytorch.precision.recipes import RECIPES, holds_tails
 from kernel_pytorch.transforms.ceilings import bounded, roofline
 from kernel_pytorch.transforms.kernel_swap import gated_mlp_options
 
@@ -29,7 +29,12 @@ _MLP = tuple[nn.Module, tuple[nn.Linear, nn.Linear, nn.Linear], str]
 
 
 class Float8:
-    """`recipe=NAME` for the linear layers that FP8 is for; the layer that makes logits keeps its format."""
+    """`recipe=NAME` for the linear layers that FP8 is for; with `head=True` also for the one that makes logits.
+
+    The gradient of logits is scaled as a whole: its format is E5M2, whose range holds both the one word that counts and
+    the tail of the others (a factor of the number of words apart), where E4M3 would round the tail to zero. A search
+    proposes it where the configuration allows it (`nvidia.allow_float8_lm_head`).
+    """
 
     name = "float8"
     summary = "train linear layers in FP8"
@@ -53,7 +58,8 @@ class Float8:
             return skip
         if "Linear" not in workload.modules:
             return Skip("the model has no nn.Linear")
-        return [Step(self.name, {"recipe": name}) for name in RECIPES]
+        with_head = [Step(self.name, {"recipe": name, "head": True}) for name in RECIPES if holds_tails(name)]
+        return with_head + [Step(self.name, {"recipe": name}) for name in RECIPES]
 
     def ceiling(self, step: Step, prediction: Prediction, device: DeviceSpec) -> float:
         """Products may run at the peak rate of FP8."""
@@ -71,7 +77,10 @@ class Float8:
         recipe = str(step.params.get("recipe", ""))
         if recipe not in RECIPES:
             raise CandidateError(f"{step}: recipe must be one of {', '.join(RECIPES)}")
-        found = list(verdicts(program.model))
+        head = bool(step.params.get("head", False))
+        if head and not holds_tails(recipe):
+            raise CandidateError(f"{step}: gradients of logits need e5m2, and {recipe} has another format")
+        found = list(verdicts(program.model, allow_head=head))
         chosen = [v.layer for v in found if not v.reason]
         if not chosen:
             raise CandidateError(f"{step}: no linear layer is one for FP8: {_reasons([v.reason for v in found])}")
@@ -96,7 +105,7 @@ class Float8:
 
         What that costs is what a faithful implementation may cost.
         """
-        for verdict in verdicts(model):
+        for verdict in verdicts(model, allow_head=bool(step.params.get("head", False))):
             if not verdict.reason:
                 emulate_linear(verdict.layer, str(step.params["recipe"]))
         return model
