@@ -1,11 +1,12 @@
 """Which candidate to try next: cheap single steps first, then compilation on top of what won, then the rest.
 
 Compilation is dear and timing is cheap, so the most promising step of each group that needs no compiler is tried alone
-first. Then the first compile steps are tried on the best of those, with the steps that pay inside compiled code only
-and without those that do by hand what compilation does, and after each all winners together on the best so far; then
-one by one; then the other cheap steps, all compile steps on the best, the remaining winners added to the best candidate
-so far, and runners-up. A candidate whose upper bound cannot reach the smallest gain, that contains a step that was
-wrong alone, or that has been tried, is not tried.
+first; where it was wrong or failed, the next of its group at once; where it needs another step's help, with that. Then
+the first compile step is tried on the best of those, with the steps that pay inside compiled code only and without
+those that do by hand what compilation does, then all winners together; then the second compile step in the place of
+the first. Then winners one by one; the other cheap steps, all compile steps on the best, the remaining winners added to
+the best candidate so far, and runners-up. A candidate whose upper bound cannot reach the smallest gain, that contains a
+step that was wrong alone, or that has been tried, is not tried.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from kernel_pytorch.core.types import Candidate, Status, Step, Trial, Untried
+from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.measure.stats import cautious
 from kernel_pytorch.search.propose import Proposals
 
@@ -20,6 +22,10 @@ __all__ = ["Strategy"]
 
 _LOOKS_FASTER = 1.005
 """Measured speed-up from which a step is tried among all others that looked faster."""
+_NOT_SLOWER = 0.99
+"""The same of a step whose gain alone is within the noise, but adds to others (`pays_in_sum`)."""
+_STAND_INS = 2
+"""How many steps of a group are tried early in the place of one that was wrong or failed."""
 
 
 class Strategy:
@@ -78,10 +84,9 @@ class Strategy:
         return min(together, self.ceilings.get(candidate.label, float("inf")))
 
     def _hopeless(self, candidate: Candidate) -> str:
-        for step in candidate.steps:
-            trial = self.trials.get(Candidate((step,)))
-            if len(candidate.steps) > 1 and trial is not None and trial.status is not Status.OK:
-                return f"{step} alone was {trial.status}"
+        for step in candidate.steps if len(candidate.steps) > 1 else ():
+            if self._is_bad(step) and candidate not in self._forms(step):
+                return f"{step} alone was {self._status(Candidate((step,)))}"
         ceiling = self._ceiling(candidate)
         if ceiling < 1.0 + self.min_gain:
             return f"predicted to gain at most {max(ceiling, 1.0):.3g}x"
@@ -93,25 +98,62 @@ class Strategy:
         inside = [steps[0] for t, steps in self.proposals.steps if t.name in along]
         dear = [s for t, steps in self.proposals.steps if t.compiles for s in steps]
         cheap.sort(key=lambda s: -self._ceiling(Candidate((s,))))
-        leaders: dict[str, Step] = {}
+        groups: dict[str, list[Step]] = {}
         for step in cheap:
-            leaders.setdefault(self.proposals.transform_of(step).group, step)
-        yield from (Candidate((s,)) for s in leaders.values())
+            groups.setdefault(self.proposals.transform_of(step).group, []).append(step)
+        for steps in groups.values():
+            yield from self._leader(steps[: 1 + _STAND_INS])
         fused = {t.name for t, _ in self.proposals.steps if getattr(t, "compile_fuses", False)}
         kept = [s for s in cheap if s.transform not in fused]
         plain = [c for c in self.trials if all(s in kept for s in c.steps)]
         compiled = [c for c in self.trials if all(s in [*kept, *dear, *inside] for s in c.steps)]
-        for step in dear[:2]:
+        for i, step in enumerate(dear[:2]):
+            best = self._best(compiled)
+            if i and dear[0] in best.steps:
+                swapped = list(self._extensions(best, [step], along=inside, replace=True))
+                yield from swapped
+                if all(self._status(c) in (None, Status.OK) for c in swapped):
+                    continue
             yield from self._extensions(self._best(plain), [step], along=inside)
             yield from self._all_winners(self._best(compiled), kept)
         plain = compiled
-        yield from self._extensions(self._best(plain), [s for s in kept if self.gain(Candidate((s,))) > 1.0])
+        yield from self._extensions(self._best(plain), [s for s in kept if self._gains(s)])
         yield from self._extensions(self._best(plain), dear[:1], along=inside)
         yield from (Candidate((s,)) for s in (*cheap, *inside))
         yield from self._extensions(self._best(plain), dear, along=inside)
-        yield from self._extensions(self._best(self.trials), [s for s in cheap if self.gain(Candidate((s,))) > 1.0])
+        yield from self._extensions(self._best(self.trials), [s for s in cheap if self._gains(s)])
         yield from self._extensions(self._best(self.trials), [*cheap, *dear], replace=True)
         yield from (Candidate((s,)) for s in dear)
+
+    def _forms(self, step: Step) -> list[Candidate]:
+        """Return the candidates that show a step: itself alone, and with the steps that make it possible."""
+        names = getattr(self.proposals.transform_of(step), "enabled_by", ())
+        helpers = [steps[0] for t, steps in self.proposals.steps if t.name in names]
+        alone = [Candidate((step,))]
+        return [*alone, self.proposals.combine([*helpers, step])] if helpers else alone
+
+    def _is_bad(self, step: Step) -> bool:
+        """Return whether no form of a step is right, those not yet tried counted as right."""
+        return all(self._status(form) not in (None, Status.OK) for form in self._forms(step))
+
+    def _gains(self, step: Step) -> bool:
+        return any(self.gain(form) > 1.0 for form in self._forms(step))
+
+    def _leader(self, steps: list[Step]) -> Iterator[Candidate]:
+        """Yield the first step of a group, its other form where it is bad alone, and the next one where both are.
+
+        Where a transform does not apply at all, its other steps do not either.
+        """
+        refused: set[str] = set()
+        for step in steps:
+            if step.transform in refused:
+                continue
+            for form in self._forms(step):
+                yield form
+                if self._status(form) in (None, Status.OK):
+                    return
+                if self.trials[form].reason.startswith(CandidateError.__name__):
+                    refused.add(step.transform)
 
     def _all_winners(self, base: Candidate, steps: list[Step]) -> Iterator[Candidate]:
         """Yield `base` with every step at once that looked faster alone, the best of each group.
@@ -121,17 +163,17 @@ class Strategy:
         taken = {self.proposals.transform_of(s).group for s in base.steps}
         best: dict[str, Step] = {}
         for step in sorted(steps, key=lambda s: -self._looks(s)):
-            group = self.proposals.transform_of(step).group
-            if group not in taken and self._looks(step) > _LOOKS_FASTER:
-                best.setdefault(group, step)
-        if len(best) > 1:
+            transform = self.proposals.transform_of(step)
+            least = _NOT_SLOWER if getattr(transform, "pays_in_sum", False) else _LOOKS_FASTER
+            if transform.group not in taken and self._looks(step) > least:
+                best.setdefault(transform.group, step)
+        if best:
             yield self.proposals.combine([*base.steps, *best.values()])
 
     def _looks(self, step: Step) -> float:
-        """Return the speed-up that a step alone was measured to have, however uncertain; 0.0 where it is not `ok`."""
-        trial = self.trials.get(Candidate((step,)))
-        measured = trial.measurement if trial is not None and trial.status is Status.OK else None
-        return 0.0 if measured is None else measured.ratio.value
+        """Return the speed-up that a step was measured to have, however uncertain; 0.0 where it is not `ok`."""
+        right = [t for t in map(self.trials.get, self._forms(step)) if t is not None and t.status is Status.OK]
+        return max((t.measurement.ratio.value for t in right if t.measurement is not None), default=0.0)
 
     def _best(self, candidates: Iterable[Candidate]) -> Candidate:
         best = max(candidates, key=self.gain, default=Candidate())

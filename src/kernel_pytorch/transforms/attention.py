@@ -80,6 +80,8 @@ class Attention:
     numerics = Numerics.REORDERED
     modes = frozenset({Mode.INFERENCE, Mode.TRAINING})
     compiles = False
+    enabled_by = ("causal_mask",)
+    """Calls with a mask stay with SDPA, and many models write their causal mask out."""
 
     def probe(self, device: DeviceSpec) -> Skip | None:
         """SDPA has more than one backend on CPUs and GPUs."""

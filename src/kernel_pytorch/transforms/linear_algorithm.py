@@ -34,6 +34,8 @@ class LinearAlgorithm:
     numerics = Numerics.REORDERED
     modes = frozenset({Mode.INFERENCE, Mode.TRAINING})
     compiles = False
+    pays_in_sum = True
+    """Under its limit of power a GPU gains by products that need less energy, and it is there in fast steps only."""
 
     def probe(self, device: DeviceSpec) -> Skip | None:
         """The library is NVIDIA's."""
