@@ -143,6 +143,40 @@ def test_a_fault_that_shows_at_full_size_only_is_rejected():
     assert any(n.startswith("full size") for n in failed(report))
 
 
+class Dropping(Deep):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.drop(super().forward(ids))
+
+
+def other_masks(program: Program) -> None:
+    """Draw once more before each call, as compiled code draws by another generator."""
+    inner = program.call
+
+    def call(ids: torch.Tensor) -> torch.Tensor:
+        torch.rand(1)
+        return inner(ids)
+
+    program.call = call
+
+
+def test_other_masks_of_dropout_are_no_fault_at_full_size():
+    report = judge(subject(other_masks, Dropping))
+    assert not failed(report)
+    assert any("random numbers" in text for text in report.unchecked)
+
+
+def test_a_fault_at_full_size_shows_through_dropout():
+    def wrong_when_long(program: Program) -> None:
+        inner = program.call
+        program.call = lambda ids: inner(ids) * (3.0 if ids.shape[1] > 200 else 1.0)
+
+    assert not judge(subject(wrong_when_long, Dropping)).passed
+
+
 def test_an_optimizer_that_is_wrong_on_the_whole_model_only_is_rejected():
     def frozen_tail(program: Program) -> None:
         optimizer = program.optimizer
