@@ -228,6 +228,9 @@ def _await_ready(zygote: _Zygote) -> None:
         zygote.output.seek(0)
         said = zygote.output.read()[-2000:].decode(errors="replace").strip() or "no output"
         raise WorkersUnavailableError(f"the fork server did not start: {said.splitlines()[-1]}")
+    zygote.output.seek(0)
+    for line in zygote.output.read().decode(errors="replace").splitlines():
+        log.debug("fork server: %s", line)
     for name, why in json.loads(answer)["missing"].items():
         log.warning("workers could not import %s beforehand: %s", name, why)
     zygote.control.settimeout(10.0)

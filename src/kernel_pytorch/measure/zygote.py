@@ -320,6 +320,7 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU must not initialise it
+    began = time.monotonic()
     missing = {}
     for name in arguments[2:]:
         try:
@@ -329,8 +330,10 @@ def main(arguments: list[str]) -> None:
         if gpu_was_touched():  # begin again without its package
             package = name.partition(".")[0]
             rest = [a for a in arguments if a.partition(".")[0] != package]
+            print(f"left out {package}: importing {name} initialises the GPU", file=sys.stderr, flush=True)
             os.set_inheritable(control.fileno(), True)  # noqa: FBT003
             os.execv(sys.executable, [sys.executable, "-m", "kernel_pytorch.measure.zygote", *rest])  # noqa: S606
+    print(f"imported {len(arguments) - 2} modules in {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     control.sendall(json.dumps({"missing": missing}).encode() + b"\n")
     with contextlib.suppress(OSError):
         _serve(control, parent)
