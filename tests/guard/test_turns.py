@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from kernel_pytorch.guard import compare, side_by_side
+from kernel_pytorch.core.types import Verdict
+from kernel_pytorch.guard import compare, side_by_side, turns
 from kernel_pytorch.guard.side_by_side import Limits, Side, WorkerRunner
 from kernel_pytorch.guard.turns import take_turns
+from kernel_pytorch.guard.types import SideFacts
 
 linux = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux' /proc")
 
@@ -123,3 +126,27 @@ def test_both_sides_import_before_the_first_loads() -> None:
     sides = Followed("base", told), Followed("head", told)
     compare._load(sides, Limits(), lambda _: None, same_model=False)
     assert [what for what, _ in told] == ["begin base", "begin head", "load base", "load head"]
+
+
+def test_fresh_processes_have_the_time_for_as_many_pairs_as_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that became busy: the first 16 pairs took 4 of 20 s, the 12 of a fresh pair of processes take 8."""
+    clock, made = [0.0], []
+
+    class Timed(Followed):
+        def sample(self) -> Sequence[float]:
+            clock[0] += 4.0 / 32 if len(made) <= 2 else 8.0 / 24
+            return (10.0 if self.side.label == "base" else 11.0,)
+
+    @contextlib.contextmanager
+    def sides(*_: Side) -> Iterator[tuple[Timed, Timed]]:
+        made.extend(Timed(label, []) for label in ("base", "head"))
+        yield made[-2], made[-1]
+
+    monkeypatch.setattr(turns, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(compare, "_sides", sides)
+    monkeypatch.setattr(compare, "_facts", lambda *_, **__: [SideFacts("base"), SideFacts("head")])
+    side = Side("base", "x.py:y")
+    found = compare.compare_sides(side, side, max_seconds=20.0, same_model=False, profile=False)
+    assert found.verdict is Verdict.FAIL, found.reason
+    assert "confirmed by +10.0 % in 3 fresh pairs of processes" in found.reason
+    assert len(found.base_samples_ms) == 16 + 3 * 16
