@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 import textwrap
 from pathlib import Path
@@ -67,7 +68,16 @@ def hopper() -> str:
         "`compile_causal` is the best that was found by hand: `torch.compile`, and attention told that it is causal.",
         "",
     ]
-    return "\n".join([*page, *step_variants(), *products(), *attention(), *fused_kernels(kernels)]) + "\n"
+    sections = (
+        step_variants(),
+        products(),
+        searches(),
+        exhaustive(),
+        warm_starts(),
+        attention(),
+        fused_kernels(kernels),
+    )
+    return "\n".join([*page, *(line for section in sections for line in section)]) + "\n"
 
 
 def step_variants() -> list[str]:
@@ -103,6 +113,74 @@ def products() -> list[str]:
         calls = found["calls"][name.split()[0]]
         ratio = v["pytorch_ms"] / v["best_ms"]
         lines.append(f"| {name} | {calls} | {v['pytorch_ms']:.3f} | {v['best_ms']:.3f} | {ratio:.3f} |")
+    return [*lines, ""]
+
+
+def searches() -> list[str]:
+    """Return the lines of the section of searches: one row a job, the failures too."""
+    found = json.loads((HOPPER / "searches.json").read_text(encoding="utf-8"))
+    rows = found["rows"]
+    lines = ["## Searches", "", *textwrap.wrap(found["note"], 118), ""]
+    for mode in ("inference", "training"):
+        these = [row for row in rows if row["mode"] == mode]
+        if not these:
+            continue
+        lines += [
+            f"| {mode} | unmodified ms | speed-up [95 %] | best `compile` alone | search s | peak GiB | chosen |",
+            "|---|---|---|---|---|---|---|",
+            *map(_search_row, these),
+            "",
+        ]
+    return lines
+
+
+def _search_row(row: dict[str, Any]) -> str:
+    if row["status"] != "plan":
+        return f"| {row['name']} | | {row['status']}: {row['reason'].splitlines()[-1][:100]} | | | | |"
+    value, low, high = row["speedup"] or (1.0, 1.0, 1.0)
+    gain = f"{value:.2f}x [{low:.2f}, {high:.2f}]" if row["speedup"] else "unmodified kept"
+    compiled = f"{row['best_compile_speedup'][0]:.2f}x" if row["best_compile_speedup"] else ""
+    memory = [row["peak_bytes_before"], row["peak_bytes_after"]]
+    peak = "" if None in memory else " to ".join(f"{b / 2**30:.1f}" for b in memory)
+    base = f"{row['baseline_ms']:.1f}" if row["baseline_ms"] else ""
+    return f"| {row['name']} | {base} | {gain} | {compiled} | {row['search_seconds']:.0f} | {peak} | {row['chosen']} |"
+
+
+def exhaustive() -> list[str]:
+    """Return the lines about searches of whose steps every combination was tried."""
+    paths = sorted(HOPPER.glob("exhaustive_*.json"))
+    lines = ["## Is the choice the best there is?", ""] if paths else []
+    for path in paths:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        chosen, best = found["speedups"][found["chosen"]], found["speedups"][found["best"]]
+        whole = "all" if found["whole"] else "before the deadline"
+        text = (
+            f"- {found['target'].partition(':')[2]}, {found['mode']}: {len(found['rows'])} candidates tried ({whole}); "
+            f"the choice, {found['chosen']}, {chosen:.2f}x; the best, {found['best']}, {best:.2f}x: within "
+            f"{100.0 * (found['within'] - 1.0):.1f} %."
+        )
+        lines += textwrap.wrap(text, 118, subsequent_indent="  ")
+    return [*lines, ""] if lines else []
+
+
+def warm_starts() -> list[str]:
+    """Return the lines about first results in new processes, without and with the compile cache of a plan."""
+    paths = sorted(HOPPER.glob("warm_*.json"))
+    if not paths:
+        return []
+    lines = ["## A plan in a new process", "", "| job | steps | cold s | warm s | |", "|---|---|---|---|---|"]
+    for path in paths:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        seconds = {
+            kind: statistics.median(r["start_s"] for r in found["rows"] if r["kind"] == kind and "failed" not in r)
+            for kind in ("cold", "warm")
+        }
+        asked = found["asked"]
+        steps = ", ".join(step.partition("=")[0] for step in asked["steps"])
+        lines.append(
+            f"| {asked['target'].partition(':')[2]}, {asked['mode']} | {steps} | {seconds['cold']:.1f} | "
+            f"{seconds['warm']:.1f} | {seconds['cold'] / seconds['warm']:.1f}x |"
+        )
     return [*lines, ""]
 
 
