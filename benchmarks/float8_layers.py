@@ -26,6 +26,7 @@ from kernel_pytorch.backends import manager_for
 from kernel_pytorch.ops.float8_cast import E4M3, E5M2, float8_cast, fresh_state
 from kernel_pytorch.ops.float8_gated_mlp import float8_gated_mlp_backward_op, float8_gated_mlp_op
 from kernel_pytorch.ops.float8_matmul import float8_matmul
+from kernel_pytorch.precision.emulate import multiplied
 from kernel_pytorch.precision.linear import swap_linear
 from kernel_pytorch.precision.recipes import RECIPES
 from kernel_pytorch.precision.site import site_of
@@ -77,19 +78,20 @@ def wrongness(layer: nn.Linear, x: torch.Tensor, dy: torch.Tensor) -> dict[str, 
     y = layer(x)
     y.backward(dy)
 
-    def operand(t: torch.Tensor, name: str) -> torch.Tensor:
-        cast = float8_cast(
-            t, recipe.dtype(name), site.states.get(name), role="read", transposed=False, power_of_2=recipe.power_of_2
-        )
-        return cast.row.double() * cast.inverse.double()
-
-    small_x, small_w = operand(x.detach(), "input"), operand(layer.weight.detach(), "weight")
-    part = slice(None, None, 64)
-    small_dy = operand(dy, "gradient")
+    part, weight = slice(None, None, 64), layer.weight.detach()
+    left, right = dy.double(), x.detach().double()
+    if recipe.weight_gradient.float8:
+        left, right = (multiplied(t, site, name, summed=0) for t, name in ((dy, "gradient"), (x.detach(), "input")))
     found = {
-        "y": error(y.detach()[part], small_x[part] @ small_w.t()),
-        "dx": error(x.grad[part], small_dy[part] @ small_w),
-        "dw": error(layer.weight.grad[part], small_dy.t()[part] @ small_x),
+        "y": error(
+            y.detach()[part],
+            multiplied(x.detach(), site, "input", summed=1)[part] @ multiplied(weight, site, "weight", summed=1).t(),
+        ),
+        "dx": error(
+            x.grad[part],
+            multiplied(dy, site, "gradient", summed=1)[part] @ multiplied(weight, site, "weight", summed=0),
+        ),
+        "dw": error(layer.weight.grad[part], left.t()[part] @ right),
     }
     layer.zero_grad()
     return found
@@ -160,6 +162,7 @@ def cast_row(rows: int, columns: int) -> dict[str, Any]:
         "delayed row": (lambda x: float8_cast(x, E4M3, state, transposed=False, power_of_2=True), 3 * n),
         "delayed transposed": (lambda x: float8_cast(x, E4M3, state, row=False, power_of_2=True), 3 * n),
         "current both": (lambda x: float8_cast(x, E4M3, power_of_2=True), 6 * n),
+        "rowwise both": (lambda x: float8_cast(x, E4M3, by_row=True, power_of_2=True), 6 * n),
         "delayed both e5m2": (lambda x: float8_cast(x, E5M2, state, power_of_2=True), 4 * n),
     }
     outs = [torch.empty_like(x) for x in inputs]

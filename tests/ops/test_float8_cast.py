@@ -10,7 +10,7 @@ import torch
 from kernel_pytorch.core.types import Skip
 from kernel_pytorch.errors import InputsError
 from kernel_pytorch.ops.float8_cast import E4M3, E5M2, float8_cast, fresh_state, padded, unsupported
-from kernel_pytorch.ops.float8_cast.reference import cast_reference, quantise, scale_reference
+from kernel_pytorch.ops.float8_cast.reference import cast_reference, cast_rows_reference, quantise, scale_reference
 from kernel_pytorch.ops.float8_cast.shapes import AWKWARD
 
 from .conftest import run_interpreted
@@ -159,6 +159,36 @@ def test_the_kernel_makes_one_of_several(interpreter, shapes, axis, delayed) -> 
         for a, b in zip(together, whole, strict=True):
             assert torch.equal(a.float(), b.float())
         assert mine is None or torch.equal(mine, theirs)
+
+
+def test_scales_by_row_are_those_of_each_row_and_column() -> None:
+    x = torch.randn(20, 48) * torch.logspace(-3, 3, 20)[:, None]
+    cast = float8_cast(x, E4M3, by_row=True)
+    assert torch.allclose(cast.inverse[:, 0] * 448, x.abs().amax(1), rtol=1e-6)
+    assert torch.allclose(cast.turned_inverse[:, 0] * 448, x.abs().amax(0), rtol=1e-6)
+    back = cast.row.float() * cast.inverse
+    assert ((back - x).abs() <= x.abs() * 2**-4 * 1.001 + x.abs().amax(1, keepdim=True) / 448 * 2**-10).all()
+    turned = cast.transposed[:, :20].float() * cast.turned_inverse
+    assert ((turned.t() - x).abs() <= x.abs() * 2**-4 * 1.001 + x.abs().amax(0) / 448 * 2**-10).all()
+    with pytest.raises(InputsError, match="no state"):
+        float8_cast(x, E4M3, fresh_state(2, "cpu"), by_row=True)
+
+
+@pytest.mark.parametrize(("shapes", "axis"), [*PIECES, ([(1, 16)], 0), ([(0, 16)], 0), ([(70, 130)], 0)])
+def test_the_kernel_by_row_is_the_definition(interpreter, shapes, axis) -> None:
+    xs = [torch.randn(s) * torch.logspace(-1, 1, s[0])[:, None] for s in shapes]
+    got = float8_cast(xs, E4M3, axis=axis, by_row=True, power_of_2=True)
+    want = cast_rows_reference(xs, E4M3, row=True, transposed=True, power_of_2=True, axis=axis)
+    whole = torch.cat(xs, axis)
+    assert torch.equal(got.inverse, want[2])
+    assert torch.equal(got.turned_inverse, want[3])
+    for copy, exact, reference in (
+        (got.row, whole / got.inverse, want[0]),
+        (got.transposed[:, : len(whole)], whole.t() / got.turned_inverse, want[1][:, : len(whole)]),
+    ):
+        assert copy.shape == reference.shape
+        assert misrounded(copy, exact) == 0
+    assert not got.transposed[:, len(whole) :].float().any()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of infinity times zero

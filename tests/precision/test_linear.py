@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernel_pytorch.core.workload import Call
 from kernel_pytorch.errors import InputsError
-from kernel_pytorch.ops.float8_cast import float8_cast
+from kernel_pytorch.precision.emulate import multiplied
 from kernel_pytorch.precision.linear import Float8Linear, restore_linear, swap_linear, swap_linears
 from kernel_pytorch.precision.observe import observe
 from kernel_pytorch.precision.recipes import RECIPES, Product, Recipe, recipe_named
@@ -23,14 +23,16 @@ from kernel_pytorch.precision.site import site_of, sites_of
 NAMES = list(RECIPES)
 
 
-def operand(x: torch.Tensor, name: str, site) -> torch.Tensor:
-    """Return what a site multiplies in the place of `x`, in fp64, at the scale that it used last."""
-    recipe = site.recipe
-    cast = float8_cast(
-        x.detach(), recipe.dtype(name), site.states.get(name), role="read", transposed=False,
-        power_of_2=recipe.power_of_2,
-    )  # fmt: skip
-    return cast.row.double() * cast.inverse.double()
+PRODUCT_OF = {
+    ("input", 1): "forward", ("weight", 1): "forward", ("gradient", 1): "input_gradient",
+    ("weight", 0): "input_gradient", ("gradient", 0): "weight_gradient", ("input", 0): "weight_gradient",
+}  # fmt: skip
+
+
+def seen(flat: dict[str, torch.Tensor], site, which: str, summed: int) -> torch.Tensor:
+    """Return what is multiplied in the place of an operand, in fp64."""
+    product = getattr(site.recipe, PRODUCT_OF[which, summed])
+    return multiplied(flat[which], site, which, summed=summed) if product.float8 else flat[which].double()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -46,14 +48,15 @@ def test_three_products_are_exact_on_their_operands(name, dtype, bias) -> None:
         layer.zero_grad()
         y = layer(x)
         y.backward(dy)
-        small = [operand(t.flatten(0, -2), n, site) for t, n in ((x, "input"), (layer.weight, "weight"))]
-        small_dy = operand(dy.flatten(0, 1), "gradient", site)
-        want_y = small[0] @ small[1].t() + (layer.bias.detach().double() if bias else 0)
+        flat = {"input": x.detach().flatten(0, 1), "weight": layer.weight.detach(), "gradient": dy.flatten(0, 1)}
+        want_y = seen(flat, site, "input", 1) @ seen(flat, site, "weight", 1).t() + (
+            layer.bias.detach().double() if bias else 0
+        )
         unit = 2 * torch.finfo(dtype).eps
         for got, want in (
             (y.detach().flatten(0, 1), want_y),
-            (x.grad.flatten(0, 1), small_dy @ small[1]),
-            (layer.weight.grad, small_dy.t() @ small[0]),
+            (x.grad.flatten(0, 1), seen(flat, site, "gradient", 1) @ seen(flat, site, "weight", 0)),
+            (layer.weight.grad, seen(flat, site, "gradient", 0).t() @ seen(flat, site, "input", 0)),
         ):
             assert got.dtype == dtype
             assert (got.double() - want).norm() <= unit * want.norm()
@@ -130,13 +133,17 @@ def casts(monkeypatch) -> list[tuple[tuple[int, ...], str]]:
     from kernel_pytorch.ops.float8_cast import op, reference
 
     seen: list[tuple[tuple[int, ...], str]] = []
-    real = reference.cast_reference
 
-    def counted(xs, *args, **kwargs):
-        seen.append((tuple(torch.cat(xs, kwargs["axis"]).shape), "moves" if kwargs["roll"] else "stays"))
-        return real(xs, *args, **kwargs)
+    def counted(real):
+        def cast(xs, *args, **kwargs):
+            role = "moves" if kwargs.get("roll") else "stays"
+            seen.append((tuple(torch.cat(xs, kwargs["axis"]).shape), role))
+            return real(xs, *args, **kwargs)
 
-    monkeypatch.setattr(reference, "cast_reference", counted)
+        return cast
+
+    for name in ("cast_reference", "cast_rows_reference"):
+        monkeypatch.setattr(reference, name, counted(getattr(reference, name)))
     assert op.float8_cast_op is not None
     return seen
 

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from kernel_pytorch.ops.float8_cast import float8_cast
 from kernel_pytorch.ops.float8_cast.reference import quantise, scale_reference
 from kernel_pytorch.precision.recipes import Recipe, recipe_named
+from kernel_pytorch.precision.site import Site
 
-__all__ = ["emulate_linear", "rounded"]
+__all__ = ["emulate_linear", "multiplied", "rounded"]
 
 
 def rounded(x: torch.Tensor, recipe: Recipe, operand: str, *, summed: int) -> torch.Tensor:
@@ -32,6 +34,27 @@ def rounded(x: torch.Tensor, recipe: Recipe, operand: str, *, summed: int) -> to
     amax = recipe.amax(x.detach().abs(), operand, summed=summed).float()
     scale = scale_reference(amax, dtype, power_of_2=recipe.power_of_2)
     return (quantise(x, scale, dtype).to(x.dtype) / scale.to(x.dtype)).to(x.dtype)
+
+
+def multiplied(x: torch.Tensor, site: Site, operand: str, *, summed: int) -> torch.Tensor:
+    """Return in fp64 what a site multiplies in the place of a matrix, at the scales that it used last.
+
+    This is by the casts that the site runs, so that a product of these is exact but for the rounding of its sum.
+
+    Args:
+        x: `[rows, columns]`: input, gradient, or the weights below each other.
+        site: Recipe and states; only read.
+        operand: `input`, `weight` or `gradient`.
+        summed: Dimension that the product sums over.
+    """
+    recipe = site.recipe
+    cast = float8_cast(
+        x, recipe.dtype(operand), site.states.get(operand), row=summed == 1, transposed=summed == 0, role="read",
+        power_of_2=recipe.power_of_2, by_row=recipe.by_row,
+    )  # fmt: skip
+    if summed == 1:
+        return cast.row.double() * cast.inverse.double()
+    return (cast.transposed[:, : len(x)].double() * cast.turned_inverse.double()).t()
 
 
 class _Emulated(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from kernel_pytorch.ops.float8_cast import float8_cast
-from kernel_pytorch.ops.float8_cast.op import float8_cast_op
+from kernel_pytorch.ops.float8_cast.op import float8_cast_op, float8_cast_rows_op
 from kernel_pytorch.ops.float8_matmul.op import float8_matmul_op
 from kernel_pytorch.precision.recipes import Recipe, recipe_named
 from kernel_pytorch.precision.site import SLOT, Place, Site, place_of
@@ -43,13 +43,13 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: Any, x: torch.Tensor, small: Any, dy_state: Any, *parameters: Any) -> Any:
-        to, kind, power_of_2, products = options
-        x_row, x_turned, x_inverse, w_row, w_turned, w_inverse = small
+        to, kind, power_of_2, by_row, products = options
+        x_row, x_turned, x_inverse, x_turned_inverse, w_row, w_turned, w_inverse, w_turned_inverse = small
         weights, biases = parameters[::2], parameters[1::2]
         sizes = [len(w) for w in weights]
         kept = [x if not products[2][0] else None, *([] if products[1][0] else weights)]
-        ctx.save_for_backward(x_turned, x_inverse, w_turned, w_inverse, dy_state, *kept)
-        ctx.options, ctx.sizes, ctx.x_dtype = (kind, power_of_2, products), sizes, x.dtype
+        ctx.save_for_backward(x_turned, x_turned_inverse, w_turned, w_turned_inverse, dy_state, *kept)
+        ctx.options, ctx.sizes, ctx.x_dtype = (kind, power_of_2, by_row, products), sizes, x.dtype
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         if not products[0][0]:
             outs = [
@@ -64,15 +64,15 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_turned, x_inverse, w_turned, w_inverse, dy_state, x, *weights = ctx.saved_tensors
-        kind, power_of_2, products = ctx.options
+        kind, power_of_2, by_row, products = ctx.options
         _, by_input, by_weight = products
         needs = ctx.needs_input_grad[4:]
         wants_x, wants_weight = ctx.needs_input_grad[1], any(needs[::2])
         row, turned = wants_x and by_input[0], wants_weight and by_weight[0]
-        small: Any = (None, None, None)
+        small: Any = (None, None, None, None)
         if row or turned:
-            small = float8_cast_op(list(dys), dy_state, kind, row, turned, "backward", power_of_2, 1)
-        dy_row, dy_turned, dy_inverse = small
+            small = cast_gradients(dys, dy_state, kind, (row, turned), power_of_2=power_of_2, by_row=by_row)
+        dy_row, dy_turned, dy_inverse, dy_turned_inverse = small
         dx = None
         if row:
             dx = float8_matmul_op(dy_row, w_turned, dy_inverse, w_inverse, None, ctx.x_dtype, by_input[1])
@@ -82,7 +82,7 @@ class _Linears(torch.autograd.Function):
         grads: list[torch.Tensor | None] = [None] * len(needs)
         if turned:
             to = ctx.dtypes[0]
-            whole = float8_matmul_op(dy_turned, x_turned, dy_inverse, x_inverse, None, to, by_weight[1])
+            whole = float8_matmul_op(dy_turned, x_turned, dy_turned_inverse, x_inverse, None, to, by_weight[1])
             grads[::2] = whole.split(ctx.sizes, 0) if len(ctx.sizes) > 1 else (whole,)
         elif wants_weight:
             grads[::2] = [(dy.t() @ x.to(dy.dtype)).to(ctx.dtypes[0]) for dy in dys]
@@ -91,6 +91,23 @@ class _Linears(torch.autograd.Function):
                 wide = torch.promote_types(dy.dtype, torch.float32)
                 grads[2 * i + 1] = dy.sum(0, dtype=wide).to(ctx.dtypes[2 * i + 1])
         return None, dx, None, None, *(g if n else None for g, n in zip(grads, needs, strict=True))
+
+
+def cast_gradients(
+    dys: Sequence[torch.Tensor],
+    state: torch.Tensor | None,
+    kind: torch.dtype,
+    wanted: tuple[bool, bool],
+    *,
+    power_of_2: bool,
+    by_row: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Return gradients side by side in FP8: the wanted copies, and what turns each back."""
+    if by_row:
+        out: tuple[torch.Tensor, ...] = float8_cast_rows_op(list(dys), kind, *wanted, power_of_2, 1)
+        return out
+    row, turned, inverse = float8_cast_op(list(dys), state, kind, *wanted, "backward", power_of_2, 1)
+    return row, turned, inverse, inverse
 
 
 def joined_bias(biases: Sequence[Any], sizes: list[int], to: torch.dtype) -> torch.Tensor | None:
@@ -127,11 +144,12 @@ def float8_linears(x: torch.Tensor, site: Site) -> list[torch.Tensor]:
     passes = learning and recipe.input_gradient.float8 and x.requires_grad
     x8 = float8_cast(
         rows, recipe.dtype("input"), site.states.get("input"), row=recipe.forward.float8, transposed=learns,
-        role="forward" if learning else "read", power_of_2=recipe.power_of_2,
+        role="forward" if learning else "read", power_of_2=recipe.power_of_2, by_row=recipe.by_row,
     )  # fmt: skip
     w8 = site.weight([layer.weight for layer in layers], transposed=passes)
     products = (recipe.forward, recipe.input_gradient, recipe.weight_gradient)
-    options = (to, recipe.dtype("gradient"), recipe.power_of_2, tuple((p.float8, p.fast) for p in products))
+    flags = tuple((p.float8, p.fast) for p in products)
+    options = (to, recipe.dtype("gradient"), recipe.power_of_2, recipe.by_row, flags)
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     outs = _Linears.apply(options, rows, (*x8, *w8), site.states.get("gradient"), *parameters)
     return [y.view(*x.shape[:-1], y.shape[-1]) if x.dim() != 2 else y for y in outs]

@@ -115,7 +115,7 @@ def float8_mlp(x: torch.Tensor, first: Site, last: Site, activation: str) -> tor
     options = (to, kinds, recipe.power_of_2, activation, role, tuple(p.fast for p in products))
     states = (last.states.get("input"), first.states.get("gradient"), last.states.get("gradient"))
     parameters = [p for layer in (gate, up, down) for p in (layer.weight, layer.bias)]
-    y: torch.Tensor = _GatedMLP.apply(options, rows, (tuple(x8), tuple(w8), tuple(d8)), states, *parameters)
+    y: torch.Tensor = _GatedMLP.apply(options, rows, (tuple(x8[:3]), tuple(w8[:3]), tuple(d8[:3])), states, *parameters)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -126,7 +126,7 @@ def fusible(recipe: str | Recipe, layers: tuple[nn.Linear, nn.Linear, nn.Linear]
     watched = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in layers)  # noqa: SLF001
     same = gate.weight.shape == up.weight.shape and len({m.weight.dtype for m in layers}) == 1
     whole = recipe.forward.float8 and recipe.input_gradient.float8 and recipe.weight_gradient.float8
-    return whole and same and not watched and len({id(m.weight) for m in layers}) == 3
+    return whole and not recipe.by_row and same and not watched and len({id(m.weight) for m in layers}) == 3
 
 
 def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:

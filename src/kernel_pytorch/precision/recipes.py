@@ -20,6 +20,8 @@ class Scaling(StrEnum):
     """One scale a tensor, by its own largest magnitude: another read of the tensor."""
     DELAYED = "delayed"
     """One scale a tensor, by the largest magnitude of the last casts: one pass; what grows beyond it saturates."""
+    ROWWISE = "rowwise"
+    """A scale for each row of an operand along what its product sums over, by its own largest magnitude."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,11 @@ class Recipe:
         """Whether scales come from casts before."""
         return self.scaling is Scaling.DELAYED
 
+    @property
+    def by_row(self) -> bool:
+        """Whether each row of an operand has a scale of its own."""
+        return self.scaling is Scaling.ROWWISE
+
     def amax(self, magnitudes: torch.Tensor, operand: str, *, summed: int) -> torch.Tensor:
         """Return the largest magnitude that each element shares its scale with, of a shape that broadcasts.
 
@@ -89,7 +96,9 @@ class Recipe:
             operand: `input`, `weight` or `gradient`.
             summed: Dimension that the product sums over.
         """
-        del operand, summed
+        del operand
+        if self.scaling is Scaling.ROWWISE:
+            return magnitudes.amax(summed, keepdim=True)
         return magnitudes.amax().reshape(1, 1)
 
     def dtype(self, operand: str) -> torch.dtype:
@@ -102,6 +111,14 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe("tensorwise_delayed", Scaling.DELAYED, power_of_2=True),
         Recipe("tensorwise_current", Scaling.CURRENT, power_of_2=True),
+        Recipe("rowwise", Scaling.ROWWISE, gradient_format="e4m3", power_of_2=True),
+        Recipe(
+            "rowwise_high_weight_gradient",
+            Scaling.ROWWISE,
+            gradient_format="e4m3",
+            power_of_2=True,
+            weight_gradient=Product(float8=False),
+        ),
     )
 }
 """By name. Formats of tensorwise recipes: Micikevicius et al., "FP8 Formats for Deep Learning" (arXiv:2209.05433).

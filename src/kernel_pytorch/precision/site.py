@@ -74,7 +74,7 @@ class Site:
     def _cast(self, weights: list[torch.Tensor], *, transposed: bool, role: Any) -> Float8Matrix:
         return float8_cast(
             weights, self.recipe.dtype("weight"), self.states.get("weight"), transposed=transposed, role=role,
-            power_of_2=self.recipe.power_of_2,
+            power_of_2=self.recipe.power_of_2, by_row=self.recipe.by_row,
         )  # fmt: skip
 
 

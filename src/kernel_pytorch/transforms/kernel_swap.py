@@ -21,6 +21,7 @@ from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.ops.gated_mlp import gated_mlp
+from kernel_pytorch.ops.gated_mlp.matching import agree, gated_mlp_options
 from kernel_pytorch.ops.gated_mlp.reference import gated_mlp_reference
 from kernel_pytorch.ops.layer_norm import layer_norm
 from kernel_pytorch.ops.layer_norm.reference import layer_norm_reference
@@ -30,14 +31,6 @@ from kernel_pytorch.transforms.ceilings import FUSIBLE, bounded
 from kernel_pytorch.transforms.plain_source import plain_source
 
 __all__ = ["KernelSwap", "gated_mlp_options", "layer_norm_options", "rms_norm_options"]
-
-
-def agree(got: Any, want: torch.Tensor, tolerance: float) -> bool:
-    """Return whether a result is a tensor of the shape and dtype of `want` and within a relative error of it."""
-    if not isinstance(got, torch.Tensor) or got.shape != want.shape or got.dtype != want.dtype:
-        return False
-    difference = (got.double() - want.double()).norm()
-    return bool(difference <= tolerance * want.double().norm())
 
 
 def rms_norm_options(module: nn.Module, norm: Callable[..., Any]) -> dict[str, Any] | None:
@@ -88,42 +81,6 @@ def layer_norm_options(module: nn.Module, norm: Callable[..., Any]) -> dict[str,
     del norm
     plain = type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
     return {"eps": float(module.eps)} if plain and module.weight is not None else None  # type: ignore[arg-type]
-
-
-def gated_mlp_options(module: nn.Module, gated: Callable[..., Any]) -> dict[str, Any] | None:
-    """Return the names of the projections and the activation of `down(activation(gate(x)) * up(x))`."""
-    import inspect
-
-    children = dict(module.named_children())
-    names = next((n for n in (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")) if {*n} <= {*children}), None)
-    if names is None or len(inspect.signature(module.forward).parameters) != 1:
-        return None
-    gate, up, down = (children.pop(name) for name in names)
-    weight = getattr(gate, "weight", None)
-    active = [c for c in children.values() if any(True for _ in c.parameters()) or isinstance(c, nn.Dropout)]
-    if active or not isinstance(gate, nn.Linear) or weight is None or not weight.is_floating_point():
-        return None
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn((4, gate.in_features), generator=generator).to(weight.device, weight.dtype)
-    tolerance = {torch.bfloat16: 2e-2, torch.float16: 4e-3}.get(weight.dtype, 1e-5)
-    try:
-        with torch.no_grad():
-            # Gates of order one, whatever the initialisation, so that the activations differ.
-            x = x / gate(x).double().std().clamp_min(1e-12).to(x.dtype)
-            want = module(x)
-            errors = {}
-            for activation in ("silu", "gelu", "gelu_tanh"):
-                got = down(gated(gate(x), up(x), activation))
-                if agree(got, want, tolerance):
-                    errors[activation] = float((got.double() - want.double()).norm())
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    best = min(errors, key=lambda name: errors[name], default=None)
-    # In bfloat16 the two forms of GELU are one; a module that names its activation settles it.
-    named = "tanh" in (type(getattr(module, "act_fn", None)).__name__ + str(getattr(module, "act_fn", ""))).lower()
-    if best in ("gelu", "gelu_tanh") and len(errors) > 1:
-        best = "gelu_tanh" if named or "new" in str(getattr(module, "act_fn", "")).lower() else "gelu"
-    return None if best is None else {"names": names, "activation": best}
 
 
 def fused_forward(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kernel_pytorch.core.types import Check, Gate
-from kernel_pytorch.ops.float8_cast import float8_cast
+from kernel_pytorch.precision.emulate import multiplied
 from kernel_pytorch.precision.linear import swap_linear
 from kernel_pytorch.precision.mlp import MLP_SLOT, restore_mlp
 from kernel_pytorch.precision.site import Site, site_of
@@ -33,16 +33,6 @@ def is_float8_linear(module: nn.Module) -> bool:
 def is_float8_mlp(module: nn.Module) -> bool:
     """Return whether a gated MLP runs in FP8 as one."""
     return MLP_SLOT in vars(module)
-
-
-def _operand(x: torch.Tensor, site: Site, name: str, *, summed: int) -> torch.Tensor:
-    """Return in fp64 what a site multiplies in the place of `x`, at the scale that it used last."""
-    del summed
-    recipe = site.recipe
-    cast = float8_cast(
-        x, recipe.dtype(name), site.states.get(name), transposed=False, role="read", power_of_2=recipe.power_of_2
-    )
-    return cast.row.double() * cast.inverse.double()
 
 
 def _ratio(got: torch.Tensor, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None) -> float:
@@ -90,9 +80,9 @@ def check_float8_linear(name: str, site: nn.Module, plain: nn.Module, x: torch.T
         if not product.float8 or got is None:
             continue
         left, right = {
-            "": lambda: (_operand(x, mine, "input", summed=1), _operand(weight, mine, "weight", summed=1).t()),
-            ".dx": lambda: (_operand(dy, mine, "gradient", summed=1), _operand(weight, mine, "weight", summed=0)),
-            ".dw": lambda: (_operand(dy, mine, "gradient", summed=0).t(), _operand(x, mine, "input", summed=0)),
+            "": lambda: (multiplied(x, mine, "input", summed=1), multiplied(weight, mine, "weight", summed=1).t()),
+            ".dx": lambda: (multiplied(dy, mine, "gradient", summed=1), multiplied(weight, mine, "weight", summed=0)),
+            ".dw": lambda: (multiplied(dy, mine, "gradient", summed=0).t(), multiplied(x, mine, "input", summed=0)),
         }[which]()
         ratio = _ratio(got, left, right, plain.bias if which == "" else None)
         detail = f"a column is {ratio:.2g} times rounding from fp64 on its own operands in FP8"

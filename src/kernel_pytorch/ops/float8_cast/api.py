@@ -11,7 +11,7 @@ from kernel_pytorch._triton.launch import INTERPRETED, cannot_run
 from kernel_pytorch.core.types import Skip
 from kernel_pytorch.errors import InputsError
 from kernel_pytorch.ops.float8_cast.layout import ALIGNED, FORMATS
-from kernel_pytorch.ops.float8_cast.op import float8_cast_op
+from kernel_pytorch.ops.float8_cast.op import float8_cast_op, float8_cast_rows_op
 
 __all__ = ["Float8Matrix", "Role", "float8_cast", "unsupported"]
 
@@ -26,12 +26,14 @@ class Float8Matrix(NamedTuple):
     Attributes:
         row: `[rows, columns]`, or empty where not asked for.
         transposed: `[columns, padded(rows)]`, zero beyond `rows`, or empty.
-        inverse: Float32 `[1]`.
+        inverse: Float32 `[1]`, or `[rows, 1]` where each row has a scale.
+        turned_inverse: The same of the transposed copy: `[1]` or `[columns, 1]`.
     """
 
     row: torch.Tensor
     transposed: torch.Tensor
     inverse: torch.Tensor
+    turned_inverse: torch.Tensor
 
 
 def unsupported(x: torch.Tensor) -> Skip | None:
@@ -56,8 +58,9 @@ def float8_cast(
     role: Role = "forward",
     power_of_2: bool = False,
     axis: int = 0,
+    by_row: bool = False,
 ) -> Float8Matrix:
-    """Return a matrix in FP8 with one scale, in one pass over memory where the scale is known beforehand.
+    """Return a matrix in FP8, in one pass over memory where its scale is known beforehand.
 
     On a GPU by a kernel, on a CPU by the definition (an emulation, for tests). Values are rounded to nearest even and
     saturate; what is not finite becomes NaN. There is no gradient.
@@ -74,6 +77,8 @@ def float8_cast(
         power_of_2: Round scales down to powers of two.
         axis: How several matrices become one, under one scale: 0 puts them below each other (16 divides the rows of
             each but the last), 1 side by side.
+        by_row: A scale for each row by its own largest magnitude (then there is no state), and for the transposed copy
+            one for each of its own rows.
 
     Raises:
         InputsError: Shape or dtypes do not fit.
@@ -85,4 +90,9 @@ def float8_cast(
         raise InputsError(f"float8_cast takes matrices of one dtype and side, and an FP8 format; got {shapes}, {dtype}")
     if not xs[0].is_floating_point() or (axis == 0 and any(len(one) % ALIGNED for one in xs[:-1])):
         raise InputsError(f"float8_cast takes numbers, and stacks multiples of {ALIGNED} rows; got {shapes}")
-    return Float8Matrix(*float8_cast_op(xs, state, dtype, row, transposed, role, power_of_2, axis))
+    if by_row:
+        if state is not None:
+            raise InputsError("float8_cast: scales by row have no state")
+        return Float8Matrix(*float8_cast_rows_op(xs, dtype, row, transposed, power_of_2, axis))
+    small, turned, inverse = float8_cast_op(xs, state, dtype, row, transposed, role, power_of_2, axis)
+    return Float8Matrix(small, turned, inverse, inverse)

@@ -13,7 +13,7 @@ import torch
 from kernel_pytorch._triton.launch import INTERPRETED
 from kernel_pytorch.ops.float8_cast.layout import padded, whole_shape
 
-__all__ = ["float8_cast_op", "moves_scale"]
+__all__ = ["float8_cast_op", "float8_cast_rows_op", "moves_scale"]
 
 torch.library.define(
     "kernel_pytorch::float8_cast",
@@ -100,4 +100,48 @@ Args of the operator:
 
 Results, of the whole: FP8 `[rows, columns]`; FP8 `[columns, padded(rows)]`, zero beyond `rows` (empty where not
 wanted); and float32 `[1]`, the factor that turns the copies back.
+"""
+
+torch.library.define(
+    "kernel_pytorch::float8_cast_rows",
+    "(Tensor[] xs, ScalarType dtype, bool row, bool transposed, bool power_of_2, int axis=0)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _cast_rows(
+    xs: list[torch.Tensor], dtype: torch.dtype, row: bool, transposed: bool, power_of_2: bool, axis: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if xs[0].is_cuda or INTERPRETED:
+        from kernel_pytorch.ops.float8_cast import float8_rowwise_kernel as kernel
+
+        return kernel.cast_rows(xs, dtype, row=row, transposed=transposed, power_of_2=power_of_2, axis=axis)
+    from kernel_pytorch.ops.float8_cast.reference import cast_rows_reference
+
+    return cast_rows_reference(xs, dtype, row=row, transposed=transposed, power_of_2=power_of_2, axis=axis)
+
+
+for _kind in ("cuda", "cpu"):
+    torch.library.impl("kernel_pytorch::float8_cast_rows", _kind)(_cast_rows)
+
+
+@torch.library.register_fake("kernel_pytorch::float8_cast_rows")
+def _cast_rows_fake(
+    xs: list[torch.Tensor], dtype: torch.dtype, row: bool, transposed: bool, power_of_2: bool, axis: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    del power_of_2
+    rows, columns = whole_shape(xs, axis)
+    return (
+        xs[0].new_empty((rows, columns) if row else (0,), dtype=dtype),
+        xs[0].new_empty((columns, padded(rows)) if transposed else (0,), dtype=dtype),
+        xs[0].new_empty((rows if row else 0, 1), dtype=torch.float32),
+        xs[0].new_empty((columns if transposed else 0, 1), dtype=torch.float32),
+    )
+
+
+float8_cast_rows_op = torch.ops.kernel_pytorch.float8_cast_rows
+"""`(xs, dtype, row, transposed, power_of_2, axis) -> (row, transposed, inverse, turned_inverse)`: a scale for each row.
+
+As `float8_cast_op` without a state. `inverse` is float32 `[rows, 1]`; the transposed copy has a scale for each of its
+own rows, `turned_inverse` `[columns, 1]`.
 """

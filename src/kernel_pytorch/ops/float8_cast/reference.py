@@ -6,7 +6,7 @@ import torch
 
 from kernel_pytorch.ops.float8_cast.layout import HISTORY_AT, padded
 
-__all__ = ["cast_reference", "quantise", "roll_reference", "scale_reference"]
+__all__ = ["cast_reference", "cast_rows_reference", "quantise", "roll_reference", "scale_reference"]
 
 _LARGEST_SCALE = 2.0**126
 
@@ -94,3 +94,27 @@ def cast_reference(
         bits = small.view(torch.uint8).t()
         turned = torch.nn.functional.pad(bits, (0, padded(len(x)) - len(x))).contiguous().view(dtype)
     return small if row else x.new_empty((0,), dtype=dtype), turned, inverse.reshape(1)
+
+
+def cast_rows_reference(
+    xs: list[torch.Tensor], dtype: torch.dtype, *, row: bool, transposed: bool, power_of_2: bool = False, axis: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `(row, transposed, inverse, turned inverse)`; see `op.float8_cast_rows_op`."""
+    x = torch.cat(xs, axis)
+
+    def one(matrix: torch.Tensor, *, wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        if not wanted:
+            return x.new_empty((0,), dtype=dtype), x.new_empty((0, 1), dtype=torch.float32)
+        if not matrix.numel():
+            return matrix.to(dtype), torch.ones(len(matrix), 1, dtype=torch.float32, device=x.device)
+        amax = matrix.abs().amax(1, keepdim=True).float()
+        scale = scale_reference(amax, dtype, power_of_2=power_of_2)
+        inverse = torch.where(amax.isfinite(), scale.reciprocal(), torch.nan)
+        return quantise(matrix, torch.where(amax.isfinite(), scale, 1.0), dtype), inverse
+
+    small, inverse = one(x, wanted=row)
+    turned, turned_inverse = one(x.t(), wanted=transposed)
+    if transposed:
+        bits = turned.view(torch.uint8)
+        turned = torch.nn.functional.pad(bits, (0, padded(len(x)) - len(x))).contiguous().view(dtype)
+    return small, turned, inverse, turned_inverse

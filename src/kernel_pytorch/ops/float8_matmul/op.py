@@ -26,10 +26,30 @@ def _multiply(
 ) -> torch.Tensor:
     if not a.numel() or not b.numel():
         return _empty_product(a, b, bias, dtype)
-    # Row scales of the second operand belong to the columns of the result.
+    by_row = inverse_a.dim() == 2
+    if by_row and dtype is not torch.bfloat16:
+        # PyTorch's kernel for scales by row writes bfloat16 only.
+        narrow = _multiply_by_row(a, b, inverse_a, inverse_b, None, fast).to(dtype)
+        return narrow if bias is None else narrow + bias
+    if by_row:
+        return _multiply_by_row(a, b, inverse_a, inverse_b, bias, fast)
     return torch._scaled_mm(  # noqa: SLF001  # PyTorch's only entry to cuBLASLt's products of FP8
-        a, b.t(), scale_a=inverse_a, scale_b=inverse_b.reshape(1, -1) if inverse_b.numel() > 1 else inverse_b,
-        bias=bias, out_dtype=dtype, use_fast_accum=fast,
+        a, b.t(), scale_a=inverse_a, scale_b=inverse_b, bias=bias, out_dtype=dtype, use_fast_accum=fast
+    )
+
+
+def _multiply_by_row(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    inverse_a: torch.Tensor,
+    inverse_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    fast: bool,
+) -> torch.Tensor:
+    # Row scales of the second operand belong to the columns of the result.
+    return torch._scaled_mm(  # noqa: SLF001
+        a, b.t(), scale_a=inverse_a, scale_b=inverse_b.reshape(1, -1), bias=bias, out_dtype=torch.bfloat16,
+        use_fast_accum=fast,
     )  # fmt: skip
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import torch
 from kernel_pytorch.backends import manager_for
 from kernel_pytorch.backends.nvidia import cublaslt
 from kernel_pytorch.hardware import detect
+from kernel_pytorch.measure.bursts import Bursts
 from kernel_pytorch.measure.choices import choice_file, load_choices, store_choices
 from kernel_pytorch.ops.linear.reference import product_reference
 
@@ -30,8 +29,6 @@ _log = logging.getLogger(__name__)
 
 _LEAST_FLOPS = 8e9
 """Below about 12 us of an H200 launching costs more than an algorithm can save."""
-_BURST_MS = 12.0
-_HEAT_MS = 60.0
 _ROUNDS, _DUELS, _FINALISTS = 3, 7, 3
 _LEAST_GAIN = 0.01
 _AGREE = 1e-2
@@ -157,7 +154,7 @@ def _measure(
         del want
         if not runs:
             return {"algorithm": _NONE, "pytorch_ms": 0.0, "ms": 0.0, "candidates": 0}
-        burst = _Bursts(plain)
+        burst = Bursts(plain)
         first = burst.in_turns(runs, _ROUNDS)
         best = sorted(runs, key=lambda name: first[name])[:_FINALISTS]
         last = burst.in_turns({_NONE: plain, **{name: runs[name] for name in best}}, _DUELS)
@@ -171,34 +168,3 @@ def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
     step = max(1, len(want) // 1024)
     size = want[::step].float()
     return float((got[::step].float() - size).norm() / size.norm().clamp_min(1e-30))
-
-
-class _Bursts:
-    """Times functions in bursts on a GPU that is kept hot."""
-
-    def __init__(self, typical: Callable[[], Any]) -> None:
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-        self._repeats = 1
-        once = self._ms(typical)
-        self._repeats = max(1, math.ceil(_BURST_MS / max(once, 1e-3)))
-        for _ in range(math.ceil(_HEAT_MS / (self._repeats * once))):
-            self._ms(typical)
-
-    def _ms(self, run: Callable[[], Any]) -> float:
-        begin, end = self._events
-        run()
-        begin.record()
-        for _ in range(self._repeats):
-            run()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / self._repeats
-
-    def in_turns(self, runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-        """Return the median milliseconds of each, taken forwards and backwards in turn."""
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for i in range(rounds):
-            order: Sequence[str] = list(runs) if i % 2 else list(reversed(runs))
-            for name in order:
-                times[name].append(self._ms(runs[name]))
-        return {name: statistics.median(seen) for name, seen in times.items()}
