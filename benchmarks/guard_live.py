@@ -4,6 +4,7 @@
     python benchmarks/guard_live.py --runs 40 --seconds 10 --only aa
     python benchmarks/guard_live.py --device cuda --only all --runs 10 --seconds 8 --deadline 240 -o live.json
     python benchmarks/guard_live.py --summary            # the table of what is there, nothing is run
+    python benchmarks/guard_live.py --document           # tables of all devices into docs/guard-statistics.md
 
 Each run is one `compare_sides`: two fresh worker processes, warm-up, turns until the verdict is certain, and a FAIL
 confirmed in fresh processes, as `kpt compare` does it. In an A/A run both sides are the same; in the others the head
@@ -23,6 +24,7 @@ import math
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -44,6 +46,8 @@ from kernel_pytorch.hardware import detect
 from kernel_pytorch.measure.sampler import ForeignLoad, compare
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+DOCUMENT = HERE.parent / "docs" / "guard-statistics.md"
 TARGETS = HERE / "guard_live_workloads.py"
 WORKLOADS = {
     "cpu": {
@@ -301,7 +305,7 @@ def _median(values: Iterator[float]) -> float:
 
 
 def results_path(device: str) -> Path:
-    return HERE / "results" / detect(device).key / "guard_live.json"
+    return RESULTS / detect(device).key / "guard_live.json"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -343,6 +347,34 @@ def show(rows: list[dict[str, Any]], calibration: list[dict[str, Any]]) -> None:
         )
 
 
+def table(artefact: dict[str, Any]) -> list[str]:
+    """Return the table of one device in Markdown: all workloads of a condition together, then each."""
+    names = ("condition", "head does more", "workload", "runs", "`FAIL`", "`PASS`", "`INCONCLUSIVE`")
+    names += ("`FAIL`, % (95 %)", "pairs", "s")
+    lines = [f"| {' | '.join(names)} |", "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for s in artefact["summary"]:
+        low, high = (f"{100 * x:.1f}" for x in s["interval"])
+        rate = f"{100 * s['rate_of_fail']:.1f} ({low} to {high})"
+        cells = [s["condition"], f"{s['slowdown_percent']} %", s["workload"], s["runs"], s["fail"], s["pass"]]
+        cells += [s["inconclusive"], rate, s["median_pairs"], f"{s['median_seconds']:.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def rendered(document: str, results: Path = RESULTS) -> str:
+    """Return the document with its tables of live runs made anew, one for each device."""
+    lines: list[str] = []
+    for path in sorted(results.glob("*/guard_live.json")):
+        artefact = json.loads(path.read_text(encoding="utf-8"))
+        lines += [f"`{artefact['device']}`, torch {artefact['software']['torch']}:", "", *table(artefact), ""]
+    marked = re.compile(r"(<!-- table: live -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+    text = "\n".join(lines)
+    document, count = marked.subn(lambda m: f"{m[1]}\n{text}\n{m[2]}", document)
+    if count != 1:
+        raise SystemExit(f"{DOCUMENT} has {count} places for the table of live runs")
+    return document
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=[*WORKLOADS], default="cpu")
@@ -356,11 +388,15 @@ def main() -> None:
     parser.add_argument("--conditions", default=",".join(CONDITIONS))
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--summary", action="store_true")
+    parser.add_argument("--document", action="store_true", help=f"write the tables of all devices into {DOCUMENT.name}")
     parser.add_argument("--be-a-load", nargs=3, metavar=("DIRECTORY", "PID", "DEVICE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.be_a_load:
         directory, driver, device = given.be_a_load
         be_a_load(Path(directory), int(driver), device)
+    if given.document:
+        DOCUMENT.write_text(rendered(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+        return
     path = given.output or results_path(given.device)
     found = read(path)
     if not given.summary:

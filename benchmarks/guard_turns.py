@@ -41,7 +41,7 @@ VARIANTS = {
 }
 """By workload; one thread has nobody to wait for, and two take both cores of two."""
 CONFIDENCE = 0.995
-WAIT_S = 20.0
+WAIT_S = 10.0
 
 
 class OnItsOwnCore(WorkerRunner):
