@@ -25,6 +25,9 @@ class Told(WorkerRunner):
     pressed_at = ""
     reasons = 0x4
 
+    def begin(self) -> None:
+        pass
+
     def load(self, limits: object) -> None:
         self.told = {"device_key": "cpu", "structure": ["module (root): Net"], "package": str(Path(__file__).parent)}
         lazily = {"sympy": "1.14"} if self.side.label == "head" else {}
@@ -38,7 +41,7 @@ class Told(WorkerRunner):
             raise KeyboardInterrupt
         telemetry = {"throttle_reasons": self.reasons if self.side.label == "head" else 0}
         return {
-            "sample": {"ms": 1.0, "telemetry": telemetry},
+            "sample": {"ms": 1.0, "core": None, "telemetry": telemetry},
             "counts": {"counts": {"recompilations": 2, "allocator_retries": 1, "foreign_load_cores": 0.5}},
             "peak": {"peak_bytes": 123},
             "versions": {"software": dict.fromkeys(request.get("names", ()), "1.14")},

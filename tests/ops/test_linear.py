@@ -98,7 +98,7 @@ def test_the_fastest_right_algorithm_is_chosen(monkeypatch, on_the_cpu, speeds, 
         def in_turns(self, runs, rounds):
             return {n: named[bytes.fromhex(n)] if n else 1.0 for n in runs}
 
-    monkeypatch.setattr(choice, "_Bursts", Clock)
+    monkeypatch.setattr(choice, "Bursts", Clock)
     a, b = torch.randn(8, 8), torch.randn(8, 8)
     entry = choice._measure(FakeProduct(named), lambda: a @ b, a, b, None)
     assert bytes.fromhex(entry["algorithm"])[:1] == winner
