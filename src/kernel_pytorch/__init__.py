@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from kernel_pytorch import precision as precision
     from kernel_pytorch.core.config import KernelPyTorchConfig as KernelPyTorchConfig
     from kernel_pytorch.core.management.result import Result as Result
     from kernel_pytorch.core.management.unified_manager import UnifiedManager as UnifiedManager
@@ -81,6 +82,7 @@ _HOME = {
     "fused_loss": "core.program",
     "load_plan": "plan.store",
     "load_target": "core.targets",
+    "precision": "precision",
     "prepare": "plan.apply",
     "restore": "core.program",
 }
@@ -138,7 +140,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    home = import_module(f"{__name__}.{_HOME[name]}")
+    value = home if _HOME[name] == name else getattr(home, name)
     globals()[name] = value
     return value
 

@@ -1,0 +1,290 @@
+"""Convert a model's linear layers to FP8 in place, and tell of each what became of it and why.
+
+model = kp.precision.convert(model, recipe="auto", example_inputs=batch)
+print(kp.precision.report(model))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernel_pytorch.core.workload import Call, as_call
+from kernel_pytorch.errors import ModelError
+from kernel_pytorch.ops.float8_matmul import emulated, unsupported
+from kernel_pytorch.ops.gated_mlp.matching import gated_mlp_options
+from kernel_pytorch.ops.gated_mlp.reference import gated_mlp_reference
+from kernel_pytorch.precision.choice import PRODUCTS, Choice, LayerShape, choose
+from kernel_pytorch.precision.eligible import Verdict, verdicts
+from kernel_pytorch.precision.linear import restore_linear, swap_linears
+from kernel_pytorch.precision.mlp import fusible, restore_mlp, swap_mlp
+from kernel_pytorch.precision.observe import Seen, alike, observe
+from kernel_pytorch.precision.recipes import RECIPES, Recipe, recipe_named
+
+__all__ = ["LayerReport", "Report", "convert", "report", "restore", "swap_model", "undo"]
+
+_REPORT = "_float8_report"
+_AUTO = ("tensorwise_delayed", "tensorwise_current", "rowwise")
+_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """What became of one linear layer.
+
+    Attributes:
+        path: Where it is in the model.
+        recipe: By which it runs; empty where it keeps its format.
+        reason: Why it keeps its format, or how it was chosen.
+        products: Which of its products run in FP8.
+        together: What it is one with: a gated MLP, layers that read the same tensor; empty where it is alone.
+        plain_ms: Measured time of its products (of all layers it is one with) in its own format; `None`: not measured.
+        ms: The same as chosen, with all casts.
+    """
+
+    path: str
+    recipe: str = ""
+    reason: str = ""
+    products: tuple[str, ...] = ()
+    together: str = ""
+    plain_ms: float | None = None
+    ms: float | None = None
+
+
+@dataclass(slots=True)
+class Report:
+    """What became of every linear layer of a model.
+
+    Attributes:
+        layers: In the order of the model's modules.
+        emulated: Whether FP8 is an emulation on this device, for numerics only.
+        notes: What else there is to know.
+    """
+
+    layers: list[LayerReport]
+    emulated: bool
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def converted(self) -> list[LayerReport]:
+        """The layers that run in FP8."""
+        return [layer for layer in self.layers if layer.recipe]
+
+    def __str__(self) -> str:
+        head = f"{len(self.converted)} of {len(self.layers)} linear layers in FP8"
+        lines = [head + (" (emulated on this device: right, and slow)" if self.emulated else "")]
+        for layer in self.layers:
+            what = f"{layer.recipe}: {', '.join(layer.products)}" if layer.recipe else "keeps its format"
+            times = "" if layer.ms is None else f" [{layer.plain_ms:.3f} -> {layer.ms:.3f} ms]"
+            why = f" ({layer.reason})" if layer.reason else ""
+            lines.append(f"  {layer.path}: {what}{times}{why}{f', {layer.together}' if layer.together else ''}")
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Layers that are one (of a gated MLP: gate, up, down), and how they run: without a recipe in their own format."""
+
+    layers: list[nn.Linear]
+    mlp: tuple[nn.Module, str] | None = None
+    recipe: Recipe | None = None
+    reason: str = ""
+    choice: Choice | None = None
+
+
+def convert(
+    model: nn.Module,
+    recipe: str | Recipe = "auto",
+    *,
+    example_inputs: Any = None,
+    tokens: int = _TOKENS,
+    allow_lm_head: bool = False,
+    exclude: Collection[str] = (),
+) -> nn.Module:
+    """Let the linear layers of a model train in FP8, in place, and return the model.
+
+    Its class, parameters, buffers and `state_dict` keys stay. Optimizer, loop and checkpoints stay as they are. What
+    became of each layer tells `report(model)`; `restore(model)` takes everything back.
+
+    Args:
+        model: On the device where it trains.
+        recipe: A recipe, its name (`RECIPES`), or `auto`: for each layer, or layers that read the same tensor, the
+            recipe and the products that are the fastest at its shape on this GPU with all casts, measured and kept;
+            its own format where none is at least 2 % faster. On a CPU `auto` converts nothing, and a named recipe is
+            emulated, for tests of numerics.
+        example_inputs: What the model is called with, as `kp.optimize` takes it. A part of it is run once, without
+            gradients, to see which layers read the same tensor and how many rows they have.
+        tokens: Rows of a layer's input, where there are no `example_inputs`.
+        allow_lm_head: Whether the layer that makes logits may run in FP8.
+        exclude: Paths, or parts of paths, of layers that keep their format.
+
+    Raises:
+        InputsError: An unknown recipe.
+        ModelError: The model is converted already.
+    """
+    if _REPORT in vars(model):
+        raise ModelError("the model is in FP8 already", fix="kp.precision.restore(model) first")
+    call = None if example_inputs is None else as_call(example_inputs)
+    found = swap_model(model, recipe, run=model, call=call, tokens=tokens, allow_head=allow_lm_head, exclude=exclude)
+    setattr(model, _REPORT, found)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """Return what became of each linear layer of a converted model.
+
+    Raises:
+        ModelError: It is not converted.
+    """
+    found = vars(model).get(_REPORT)
+    if not isinstance(found, Report):
+        raise ModelError("the model was not converted", fix="kp.precision.convert(model)")
+    return found
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give every layer of a converted model its own forward back, in place, and return the model.
+
+    Raises:
+        ModelError: It is not converted.
+    """
+    report(model)
+    undo(model)
+    vars(model).pop(_REPORT)
+    return model
+
+
+def undo(model: nn.Module) -> None:
+    """Take FP8 off every module of a model."""
+    for module in model.modules():
+        restore_mlp(module)
+        if isinstance(module, nn.Linear):
+            restore_linear(module)
+
+
+def swap_model(
+    model: nn.Module,
+    recipe: str | Recipe,
+    *,
+    run: Callable[..., Any],
+    call: Call | None,
+    tokens: int = _TOKENS,
+    allow_head: bool = False,
+    exclude: Collection[str] = (),
+) -> Report:
+    """Do what `convert` does, with a call of one's own; without the mark that `report` and `restore` look for.
+
+    Args:
+        model: Changed in place.
+        recipe: As of `convert`.
+        run: The model's call, for observing it.
+        call: What to call it with; `None` where nothing is known.
+        tokens: As of `convert`.
+        allow_head: As `allow_lm_head`.
+        exclude: As of `convert`.
+    """
+    auto = recipe == "auto"
+    named = [RECIPES[name] for name in _AUTO] if auto else [recipe_named(recipe)]
+    found = list(verdicts(model, allow_head=allow_head, exclude=exclude))
+    layers = [v.layer for v in found if not v.reason]
+    device = layers[0].weight.device if layers else torch.device("cpu")
+    seen = None if call is None or not layers else observe(run, call, layers)
+    units = _units(model, layers, seen, named[0])
+    notes = _notes(call, seen, tokens if auto else None)
+    if auto:
+        units = [part for unit in units for part in _chosen(unit, seen, tokens, named)]
+    else:
+        units = [replace(unit, recipe=named[0]) for unit in units]
+    for unit in units:
+        _swap(unit)
+    return Report(_tell(found, units), emulated(device) and not auto, notes)
+
+
+def _notes(call: Call | None, seen: Seen | None, tokens: int | None) -> list[str]:
+    notes = []
+    if call is not None and seen is None:
+        notes.append("the model did not run on its example inputs: no layers share the cast of their input")
+    if seen is None and tokens is not None:
+        notes.append(f"measured at {tokens} rows, for what the model is called with is not known")
+    return notes
+
+
+def _units(model: nn.Module, layers: list[nn.Linear], seen: Seen | None, recipe: Recipe) -> list[_Unit]:
+    """Return the layers as they can be one: gated MLPs first, then those that read the same tensor."""
+    allowed = {id(m) for m in layers}
+    units: list[_Unit] = []
+    for module in model.modules():
+        options = None if "forward" in vars(module) else gated_mlp_options(module, gated_mlp_reference)
+        if options is not None:
+            gate, up, down = (getattr(module, name) for name in options["names"])
+            if {id(gate), id(up), id(down)} <= allowed and fusible(recipe, (gate, up, down)):
+                units.append(_Unit([gate, up, down], (module, options["activation"])))
+    taken = {id(m) for unit in units for m in unit.layers}
+    for group in [] if seen is None else seen.groups:
+        rest = [m for m in group if id(m) not in taken]
+        if len(rest) > 1 and alike(rest):
+            units.append(_Unit(rest))
+    taken = {id(m) for unit in units for m in unit.layers}
+    return units + [_Unit([m]) for m in layers if id(m) not in taken]
+
+
+def _chosen(unit: _Unit, seen: Seen | None, tokens: int, recipes: Sequence[Recipe]) -> list[_Unit]:
+    """Return a unit with the recipe and products that pay, or its parts where they do not pay alike."""
+    first = unit.layers[0].weight.device
+    for layer in unit.layers:
+        skip = unsupported(first, layer.in_features, layer.out_features)
+        if skip is not None:
+            return [replace(unit, mlp=None, reason=skip.reason)]
+    if unit.mlp is None:
+        choice = _choice(unit.layers, seen, tokens, recipes)
+        reason = "" if choice.recipe is not None else "its own format is as fast"
+        return [replace(unit, recipe=choice.recipe, reason=reason, choice=choice)]
+    parts = [_chosen(_Unit(part), seen, tokens, recipes)[0] for part in (unit.layers[:2], unit.layers[2:])]
+    both = [part.recipe for part in parts]
+    choices = [part.choice for part in parts if part.choice is not None]
+    if both[0] is None or both[0] != both[1] or not fusible(both[0], (*unit.layers,)):  # type: ignore[arg-type]
+        return parts
+    total = Choice(both[0], sum(c.plain_ms for c in choices), sum(c.ms for c in choices))
+    return [replace(unit, recipe=both[0], choice=total)]
+
+
+def _choice(layers: list[nn.Linear], seen: Seen | None, tokens: int, recipes: Sequence[Recipe]) -> Choice:
+    first = layers[0]
+    rows = tokens if seen is None else seen.rows.get(id(first), tokens)
+    dtype = str(first.weight.dtype).removeprefix("torch.")
+    shape = LayerShape(rows, first.in_features, sum(m.out_features for m in layers), dtype)
+    return choose(shape, recipes, first.weight.device)
+
+
+def _swap(unit: _Unit) -> None:
+    if unit.recipe is None:
+        return
+    if unit.mlp is not None:
+        module, activation = unit.mlp
+        gate, up, down = unit.layers
+        swap_mlp(module, (gate, up, down), activation, unit.recipe)
+    else:
+        swap_linears(unit.layers, unit.recipe)
+
+
+def _tell(found: list[Verdict], units: list[_Unit]) -> list[LayerReport]:
+    paths = {id(v.layer): v.path for v in found}
+    unit_of = {id(m): unit for unit in units for m in unit.layers}
+    told = []
+    for verdict in found:
+        unit = unit_of.get(id(verdict.layer))
+        if unit is None:
+            told.append(LayerReport(verdict.path, reason=verdict.reason))
+            continue
+        others = [paths[id(m)] for m in unit.layers if m is not verdict.layer]
+        kind = "a gated MLP" if unit.mlp is not None else "one"
+        together = f"{kind} with {', '.join(others)}" if others and unit.recipe is not None else ""
+        products = () if unit.recipe is None else tuple(p for p in PRODUCTS if getattr(unit.recipe, p).float8)
+        times = (None, None) if unit.choice is None else (unit.choice.plain_ms, unit.choice.ms)
+        name = "" if unit.recipe is None else unit.recipe.name
+        told.append(LayerReport(verdict.path, name, unit.reason, products, together, *times))
+    return told
