@@ -105,6 +105,7 @@ class Slow(Net):
         return out
 
 
+@pytest.mark.serial
 def test_a_module_that_is_much_slower_fails_and_itself_does_not(pair):
     candidate, reference = pair
     validator = UnifiedValidator(KernelPyTorchConfig(budget_s=25.0))

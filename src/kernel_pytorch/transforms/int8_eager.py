@@ -35,8 +35,13 @@ def per_tensor(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def per_channel(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a call with one scale for each output channel, and all eight bits of the inputs."""
+    """Return a call with one scale for each output channel, and all eight bits of the inputs where that is safe.
+
+    Without VNNI, sums of two products saturate at 16 bits: seven bits then (relative error 0.14 with eight, AVX2).
+    """
     import warnings
+
+    reduced = not torch.cpu._is_vnni_supported()  # noqa: SLF001  # PyTorch has no public name for it
 
     weight = linear.weight.detach().float()
     scales = (weight.abs().amax(1).clamp_min(1e-12) / 127.5).double()
@@ -46,7 +51,7 @@ def per_channel(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
         warnings.simplefilter("ignore")  # the packed kernels take only the older quantised tensors
         quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(quantised, bias)
-    return lambda x: torch.ops.quantized.linear_dynamic(x.float(), packed, reduce_range=False).to(x.dtype)
+    return lambda x: torch.ops.quantized.linear_dynamic(x.float(), packed, reduce_range=reduced).to(x.dtype)
 
 
 _PACK = {"channel": per_channel, "tensor": per_tensor}
