@@ -330,10 +330,12 @@ def main(arguments: list[str]) -> None:
         if gpu_was_touched():  # begin again without its package
             package = name.partition(".")[0]
             rest = [a for a in arguments if a.partition(".")[0] != package]
-            print(f"left out {package}: importing {name} initialises the GPU", file=sys.stderr, flush=True)
+            sys.stderr.write(f"left out {package}: importing {name} initialises the GPU\n")
+            sys.stderr.flush()
             os.set_inheritable(control.fileno(), True)  # noqa: FBT003
             os.execv(sys.executable, [sys.executable, "-m", "kernel_pytorch.measure.zygote", *rest])  # noqa: S606
-    print(f"imported {len(arguments) - 2} modules in {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+    sys.stderr.write(f"imported {len(arguments) - 2} modules in {time.monotonic() - began:.1f} s\n")
+    sys.stderr.flush()
     control.sendall(json.dumps({"missing": missing}).encode() + b"\n")
     with contextlib.suppress(OSError):
         _serve(control, parent)
