@@ -21,6 +21,7 @@ from kernel_pytorch.precision.recipes import RECIPES
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),  # Dynamo's and CUDA graphs'
     pytest.mark.skipif(not torch.cuda.is_available() or unsupported("cuda", 16, 16) is not None, reason="no FP8 here"),
 ]
 
