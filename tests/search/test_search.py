@@ -65,7 +65,7 @@ def test_a_trial_that_dies_is_a_trial_and_the_search_goes_on(what, status, word)
         Planted("faster", "faster"),
         trial_timeout_s=6.0,
         memory_limit_bytes=2 * 1024**3,
-        budget_s=20.0,
+        budget_s=45.0,
     ).plan
     trial = by_label(plan)["bad"]
     assert trial.status in {status, Status.FAILED} if what == "kill" else trial.status is status
