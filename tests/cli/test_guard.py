@@ -621,4 +621,4 @@ def test_ctrl_c_keeps_what_was_sampled_and_leaves_no_process(files):
 
 def sampled(directory: Path) -> bool:
     """Return whether a check whose temporary directory this is has taken samples."""
-    return any(path.stat().st_size > 100 for path in directory.glob("kpt-check-*/samples.jsonl"))
+    return any(path.stat().st_size > 100 for path in directory.glob("kpt-check-*/samples-*.jsonl"))
