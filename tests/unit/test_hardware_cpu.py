@@ -65,7 +65,8 @@ def test_auto_falls_back_to_the_cpu_where_there_is_no_gpu(monkeypatch):
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("tpu", "not supported; supported here: auto, cpu, nvidia"),
+        ("npu", "not supported; supported here: auto, cpu, nvidia"),
+        ("tpu", "no TPU here"),
         ("xpu:0", "not supported"),
         ("", "not supported"),
         ("cpu:1", "cpu:1 does not exist"),

@@ -17,6 +17,7 @@ _MANAGERS = {
     "cpu": "CpuHardwareManager",
     "intel": "IntelHardwareManager",
     "nvidia": "NvidiaHardwareManager",
+    "tpu": "TPUHardwareManager",
 }
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["VENDORS", "cache_bytes", "detect", "split_device"]
 
-VENDORS: tuple[str, ...] = ("nvidia", "amd", "intel", "cpu")
+VENDORS: tuple[str, ...] = ("nvidia", "amd", "intel", "tpu", "cpu")
 """Vendors with a package under `hardware` and `backends` and a contract suite that runs them; `auto` tries in
 this order."""
 
@@ -23,7 +23,7 @@ def detect(device: str = "auto") -> DeviceSpec:
 
     Args:
         device: `auto` (the first vendor present), a vendor (`cpu`, `nvidia`, `amd:1`), or a torch device (`cuda:1`,
-            `xpu`); `cuda` is an AMD GPU where torch is a ROCm build.
+            `xpu`, `xla`); `cuda` is an AMD GPU where torch is a ROCm build.
 
     Raises:
         KptError: The device is unknown, not supported, or not present.
@@ -43,12 +43,12 @@ def split_device(device: str) -> tuple[str, int]:
         raise KptError(f"device {device!r}: the part after the colon must be a number", fix="for example cuda:1")
     index = int(number or 0)
     if name == "auto":
-        present = (vendor for vendor in VENDORS if _probe(vendor).absent(index) is None)
-        return next(present), index
+        return next(vendor for vendor in VENDORS if _automatic(vendor, index)), index
     vendor = _vendor_of(name)
     if vendor not in VENDORS:
         raise KptError(
-            f"device {device!r} is not supported; supported here: auto, cpu, nvidia or amd (cuda, cuda:N), intel (xpu)",
+            f"device {device!r} is not supported; supported here: "
+            "auto, cpu, nvidia or amd (cuda, cuda:N), intel (xpu), tpu (xla)",
             fix="docs/adding-a-backend.md tells how to add a vendor",
         )
     absent = _probe(vendor).absent(index)
@@ -72,7 +72,14 @@ def _vendor_of(name: str) -> str:
         import torch
 
         return "nvidia" if torch.version.hip is None else "amd"
-    return {"xpu": "intel"}.get(name, name)
+    return {"xpu": "intel", "xla": "tpu"}.get(name, name)
+
+
+def _automatic(vendor: str, index: int) -> bool:
+    """Return whether a device is present and may be chosen unasked: the emulation of one may not."""
+    probe = _probe(vendor)
+    chosen: bool = probe.automatic(index) if hasattr(probe, "automatic") else probe.absent(index) is None
+    return chosen
 
 
 def _probe(vendor: str) -> Any:

@@ -1,0 +1,124 @@
+"""TorchTPU, Google's native TPU backend of PyTorch: device `tpu`, `torch.compile(backend="tpu")`.
+
+What is not public API of torch-tpu 0.2.0 (loading by hand, the count of compilations, and the count of chips that
+emulation replaces) is used here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kernel_pytorch.backends.tpu import plugin
+from kernel_pytorch.backends.tpu.runtimes import Memory
+from kernel_pytorch.errors import KptError
+from kernel_pytorch.hardware.tpu.installed import Installed
+
+__all__ = ["TorchTpu", "load_torch_tpu"]
+
+log = logging.getLogger(__name__)
+
+_LEAST_TORCH, _MOST_TORCH = (2, 11), (2, 15)
+
+
+class TorchTpu:
+    """The runtime of `torch_tpu`, loaded and initialised.
+
+    Args:
+        found: What is installed.
+    """
+
+    name = "torch_tpu"
+    compile_backend = "tpu"
+    autocast_device = "tpu"
+
+    def __init__(self, found: Installed) -> None:
+        self.version = found.version
+        self.emulated = found.emulated
+        self.device = torch.device("tpu", 0)
+        self._api: Any = torch.get_device_module("tpu")
+
+    def synchronize(self) -> None:
+        """Wait for all work of the device."""
+        torch.accelerator.synchronize(self.device)
+
+    def barrier(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the tensors behind `stablehlo.optimization_barrier`; gradients do not pass it.
+
+        The operator rather than `torch.tpu.ops.optimization_barrier`, which is the same and warns of being experimental.
+        """
+        held: list[torch.Tensor] = torch.ops.tpu._optimization_barrier(list(tensors))  # noqa: SLF001
+        return held
+
+    def memory(self) -> Memory | None:
+        """Return what the allocator has handed out; `None` under emulation, where torch_tpu says zero."""
+        if self.emulated:
+            return None
+        return Memory(
+            int(torch.accelerator.memory_allocated(self.device)),
+            int(torch.accelerator.max_memory_allocated(self.device)),
+        )
+
+    def reset_peak(self) -> None:
+        """Let the peak begin again."""
+        if not self.emulated:
+            torch.accelerator.reset_peak_memory_stats(self.device)
+
+    def compilations(self) -> int:
+        """Return the misses of the cache of compiled programs: graphs of `torch.compile`, and eager operators."""
+        return int(self._api._get_cache_misses())  # noqa: SLF001  no public name in 0.2.0
+
+
+def load_torch_tpu(found: Installed) -> TorchTpu:
+    """Import `torch_tpu` by hand, and initialise its device.
+
+    Raises:
+        KptError: This torch is none it is built for, or it cannot be imported.
+    """
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if not _LEAST_TORCH <= release <= _MOST_TORCH:
+        raise KptError(
+            f"torch_tpu {found.version} is built for torch 2.11 to 2.15, and this is {torch.__version__}",
+            fix="pip install 'torch>=2.11,<2.16'",
+        )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its C++ side tells of every client and cache on stderr
+    if found.emulated:
+        os.environ.update(plugin.environment())
+    said = io.StringIO()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(said):
+            warnings.simplefilter("ignore")  # of its imports: what warns there is not the user's to mend
+            _initialise(emulated=found.emulated)
+    except (ImportError, RuntimeError) as error:
+        raise KptError(
+            f"torch_tpu {found.version} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            fix="see the version traps in docs/tpu.md",
+        ) from error
+    for line in said.getvalue().splitlines():
+        log.debug("torch_tpu: %s", line)
+    return TorchTpu(found)
+
+
+def _initialise(*, emulated: bool) -> None:
+    """Load the backend as its entry point would have, or, emulated, for one chip that nobody has to find on PCI."""
+    before = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # it would load on import, before there is a chip to find
+    try:
+        from torch_tpu import _loader  # type: ignore[import-not-found,unused-ignore]
+        from torch_tpu._internal.utils import hardware  # type: ignore[import-not-found,unused-ignore]
+    finally:
+        if before is not None:
+            os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = before
+    if emulated:
+        hardware.get_tpu_device_count = lambda: 1
+        hardware._scan_pci_tpus = lambda: (1, {1: "1,1,1"})  # noqa: SLF001
+    _loader.load()
+    if not torch.accelerator.is_available():
+        raise RuntimeError("it finds no TPU device")
