@@ -123,7 +123,7 @@ def as_call(value: Any) -> Call:
         return value
     if isinstance(value, torch.Tensor):
         return Call((value,))
-    if isinstance(value, tuple | list):
+    if isinstance(value, (tuple, list)):  # the Dynamo of torch 2.9 does not trace `tuple | list`
         if len(value) == 2 and isinstance(value[0], tuple) and isinstance(value[1], dict):
             return Call(value[0], dict(value[1]))
         return Call(tuple(value))
