@@ -1,0 +1,222 @@
+"""The real TPU compiler (libtpu) on a host without a TPU: memory, cost, collectives and fit of a StableHLO program."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kernel_pytorch.backends.tpu.topology import Topology
+from kernel_pytorch.errors import KptError
+
+__all__ = ["Buffer", "Compiled", "CompilerMissingError", "compile_ahead"]
+
+_INSTALL = "pip install 'jax==0.10.2' 'libtpu==0.0.52'"
+
+
+class CompilerMissingError(KptError):
+    """jax or libtpu is not installed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One allocation of the compiled program.
+
+    Attributes:
+        name: The instruction that made it, or the argument's.
+        bytes: With the padding of its layout.
+        shape: As the compiler writes it, e.g. `bf16[8,12,1024,1024]`.
+        source: Where its instruction comes from: the location's file, or the operator; empty where unknown.
+        kind: `argument`, `output` or `temporary`.
+    """
+
+    name: str
+    bytes: int
+    shape: str = ""
+    source: str = ""
+    kind: str = "temporary"
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What the compiler says of a program on one device of a slice.
+
+    Attributes:
+        fits: Whether it compiled; False where memory ran out, with the compiler's words in `message`.
+        peak_bytes: Most HBM held at once, arguments included; 0 where it does not fit.
+        temp_bytes: As the compiler reports it; may overstate, assert on the peak.
+        flops: The compiler's own count: the body of a loop once, Mosaic kernels by their own estimate.
+        collectives: Bytes of results by kind (`all-reduce`, ...), and `collective_counts` how many.
+        seconds: Time of compilation.
+        buffers: The largest, largest first.
+    """
+
+    topology: str
+    fits: bool
+    message: str = ""
+    peak_bytes: int = 0
+    argument_bytes: int = 0
+    output_bytes: int = 0
+    alias_bytes: int = 0
+    temp_bytes: int = 0
+    code_bytes: int = 0
+    flops: float = 0.0
+    bytes_accessed: float = 0.0
+    collectives: Mapping[str, int] = field(default_factory=dict)
+    collective_counts: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    buffers: tuple[Buffer, ...] = ()
+    software: Mapping[str, str] = field(default_factory=dict)
+
+
+def compile_ahead(
+    stablehlo: bytes,
+    topology: Topology,
+    *,
+    partitions: int = 1,
+    argument_shardings: Sequence[str] | None = None,
+    dump: bool = False,
+) -> Compiled:
+    """Compile a program for a slice, without one.
+
+    Runs in the calling process, which must not hold an initialised torch_tpu; `ahead` runs it in a child.
+
+    Args:
+        stablehlo: Text, bytecode or portable artifact.
+        topology: The slice.
+        partitions: Devices that the program is partitioned over; each gets its shard.
+        argument_shardings: One `mhlo.sharding` string an argument, e.g. `{devices=[4,1]<=[4]}` or `{replicated}`.
+        dump: Read the buffers' list out of the compiler's dump (slower).
+
+    Raises:
+        CompilerMissingError: jax or libtpu is absent, with the command that installs them.
+        KptError: The program is wrong: not memory but anything else that the compiler refuses.
+    """
+    try:
+        import jax
+        import libtpu  # noqa: F401  the compiler itself
+        from jax.experimental import topologies
+        from jaxlib import xla_client
+    except ImportError as error:
+        raise CompilerMissingError(
+            f"the TPU compiler is not installed: no module {error.name!r}", fix=_INSTALL
+        ) from error
+
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology.compiler_name)
+    devices = described.devices[:partitions]
+    options = _options(xla_client, partitions)
+    began = time.perf_counter()
+    with _context():
+        module = _parse(stablehlo)
+        if argument_shardings is not None:
+            _shard(module, argument_shardings)
+        try:
+            executable = devices[0].client.compile(module, xla_client.DeviceList(tuple(devices)), options)
+        except jax.errors.JaxRuntimeError as error:
+            return _refused(error, topology, time.perf_counter() - began)
+    return _read(executable, topology, time.perf_counter() - began)
+
+
+def _context() -> Any:
+    from jax._src.interpreters import mlir
+
+    return mlir.make_ir_context()
+
+
+def _parse(source: bytes) -> Any:
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import stablehlo
+
+    if not source.startswith(b"ML\xefR"):
+        return ir.Module.parse(source.decode())
+    try:
+        return stablehlo.deserialize_portable_artifact(ir.Context.current, source)
+    except ValueError:
+        return ir.Module.parse(source)
+
+
+def _options(xla_client: Any, partitions: int) -> Any:
+    import numpy as np
+
+    options = xla_client.CompileOptions()
+    options.num_replicas, options.num_partitions = 1, partitions
+    places = np.arange(partitions).reshape(1, partitions)
+    options.device_assignment = xla_client.DeviceAssignment.create(places)
+    if partitions > 1:
+        options.executable_build_options.use_spmd_partitioning = True
+    return options
+
+
+def _shard(module: Any, shardings: Sequence[str]) -> None:
+    from jaxlib.mlir import ir
+
+    main = next(op for op in module.body.operations if getattr(op, "name", None) and op.name.value == "main")
+    given = list(main.arg_attrs)
+    for i, sharding in enumerate(shardings):
+        attributes = {named.name: named.attr for named in given[i]}
+        attributes["mhlo.sharding"] = ir.StringAttr.get(sharding)
+        given[i] = ir.DictAttr.get(attributes)
+    main.arg_attrs = given
+
+
+def _refused(error: Exception, topology: Topology, seconds: float) -> Compiled:
+    said = str(error)
+    if "RESOURCE_EXHAUSTED" not in said and "Ran out of memory" not in said:
+        raise KptError(f"the TPU compiler refuses the program: {said.splitlines()[0]}") from error
+    return Compiled(topology.name, fits=False, message=said.strip(), seconds=seconds, software=_software())
+
+
+def _read(executable: Any, topology: Topology, seconds: float) -> Compiled:
+    memory = executable.get_compiled_memory_stats()
+    cost = executable.cost_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost
+    text = executable.hlo_modules()[0].to_string()
+    moved, counts = _collectives(text)
+    return Compiled(
+        topology.name,
+        fits=True,
+        peak_bytes=memory.peak_memory_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        flops=float(cost.get("flops", 0.0)),
+        bytes_accessed=float(cost.get("bytes accessed", 0.0)),
+        collectives=moved,
+        collective_counts=counts,
+        seconds=seconds,
+        software=_software(),
+    )
+
+
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+_COLLECTIVE = re.compile(rf"= (?P<shape>\(.*?\)|\S+) (?P<kind>{_KINDS})(?:-start)?\(")
+_ARRAY = re.compile(r"(pred|[suf]\d+\w*|bf16)\[([\d,]*)\]")
+
+
+def _collectives(text: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Return bytes of results and number of collectives by kind."""
+    moved: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    for match in _COLLECTIVE.finditer(text):
+        kind = match["kind"]
+        moved[kind] = moved.get(kind, 0) + sum(_array_bytes(*a) for a in _ARRAY.findall(match["shape"]))
+        counts[kind] = counts.get(kind, 0) + 1
+    return moved, counts
+
+
+def _array_bytes(dtype: str, sizes: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
+    count = 1
+    for size in filter(None, sizes.split(",")):
+        count *= int(size)
+    return count * bits // 8
+
+
+def _software() -> dict[str, str]:
+    from importlib import metadata
+
+    return {name: metadata.version(name) for name in ("libtpu", "jax", "jaxlib")}

@@ -1,0 +1,148 @@
+"""A step graph as StableHLO, by the lowering of torch_tpu; nothing is compiled and nothing runs.
+
+The lowering replays the graph in torch_tpu's deferred mode and asks for the program alone (`build_mlir`), so that
+Mosaic kernels, which only a TPU's compiler takes, are no obstacle. Every operation is named `MODULE/NODE`: torch_tpu
+takes locations from Python's stack, so each node runs in a frame that bears its name. The compiler keeps these names, so
+its buffers find their modules again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import fx
+
+from kernel_pytorch.backends.tpu.steps import StepGraph
+from kernel_pytorch.errors import KptError
+
+__all__ = ["LoweringError", "lower"]
+
+
+class LoweringError(KptError):
+    """The lowering has no rule for an operator; the message names it and the module it is in."""
+
+
+def lower(step: StepGraph) -> bytes:
+    """Return the step's program as StableHLO text with locations, its state donated.
+
+    Needs torch_tpu, loaded on a TPU or on the CPU plugin.
+
+    Raises:
+        LoweringError: An operator has no lowering.
+    """
+    from torch_tpu._internal import execution_mode
+    from torch_tpu._internal.compile import tpu_torch_compile as compiler
+
+    graph = _on_device(step.graph)
+    arguments = [compiler.placeholder(list(a.shape), a.dtype) for a in step.arguments]
+    generator = torch.tpu.default_generators[0]  # type: ignore[attr-defined]
+    exported = compiler.make_export_mode_device_generator(generator)
+    compiler.set_export_mode_default_device_generator(exported)
+    seed = compiler.get_device_state_tensor(exported)
+    deferred = execution_mode.set_eager_mode(execution_mode.EagerMode._INTERNAL_COMPILE_FX_GRAPH)  # noqa: SLF001
+    try:
+        with deferred:
+            results = _replay(graph, step, [a.clone() for a in arguments])
+            after = compiler.get_device_state_tensor(exported)
+            if after.data_ptr() != seed.data_ptr():
+                arguments, results = [*arguments, seed], [*results, after]
+            module = compiler.build_mlir(result_tensors=_distinct(results), argument_tensors=arguments)
+    finally:
+        compiler.clear_export_mode_default_device_generators()
+    text = compiler.serialize_mlir_text(module, enable_debug_info=True)
+    return _donate(_name(text, step), step).encode()
+
+
+def _on_device(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy whose tensors are made on the TPU: what a model makes on the CPU is a constant of the program."""
+    copied = fx.GraphModule(graph, graph.graph)
+    for node in copied.graph.nodes:
+        if node.op == "call_function" and isinstance(node.kwargs.get("device"), torch.device):
+            node.kwargs = {**node.kwargs, "device": torch.device("tpu", 0)}
+    return copied
+
+
+def _replay(graph: fx.GraphModule, step: StepGraph, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    replayed: list[torch.Tensor] = list(_Replay(graph, step).run(*arguments))
+    return replayed
+
+
+def _distinct(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return results of which each has its own storage."""
+    seen: set[int] = set()
+    distinct = []
+    for tensor in results:
+        distinct.append(tensor.clone() if tensor.data_ptr() in seen else tensor)
+        seen.add(tensor.data_ptr())
+    return distinct
+
+
+class _Replay(fx.Interpreter):
+    """Runs each node from a frame that bears the node's name, for torch_tpu takes locations from there."""
+
+    def __init__(self, graph: fx.GraphModule, step: StepGraph) -> None:
+        super().__init__(graph)
+        self._step = step
+        self._frames = {node: _frame(node.name) for node in graph.graph.nodes}
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            return self._frames[n](lambda: super(_Replay, self).run_node(n))
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            if n.op != "call_function":
+                raise
+            where = self._step.modules.get(n.name, "")
+            raise LoweringError(
+                f"{n.target} of {where or 'the step'} has no lowering to a TPU: {str(error).splitlines()[0]}"
+            ) from error
+
+
+def _call(run: Callable[[], Any]) -> Any:
+    return run()
+
+
+def _frame(name: str) -> Callable[[Callable[[], Any]], Any]:
+    return FunctionType(_call.__code__.replace(co_filename=_FRAME, co_name=name), {})
+
+
+_FRAME = "kpt-step"
+_FILE = re.compile(rf'^(#loc\d+) = loc\("{_FRAME}":\d+:\d+\)$', re.MULTILINE)
+_NAMED = re.compile(r'^(#loc\d+) = loc\("([^"]*)"\((#loc\d+)\)\)$', re.MULTILINE)
+_CALL = re.compile(r"^(#loc\d+) = loc\(callsite\((#loc\d+) at #loc\d+\)\)$", re.MULTILINE)
+
+
+def _name(text: str, step: StepGraph) -> str:
+    """Name each operation `MODULE/NODE` after the frame it was made in, and the program `kpt_step`."""
+    files = {match[1] for match in _FILE.finditer(text)}
+    frames = {match[1]: match[2] for match in _NAMED.finditer(text) if match[3] in files}
+    calls = {match[1]: frames[match[2]] for match in _CALL.finditer(text) if match[2] in frames}
+
+    def renamed(match: re.Match[str]) -> str:
+        node = calls.get(match[3])
+        if node is None:
+            return match[0]
+        return f'{match[1]} = loc("{step.modules.get(node) or "step"}/{node}"({match[3]}))'
+
+    return re.sub(r'^module @("[^"]*"|\S+)', "module @kpt_step", _NAMED.sub(renamed, text), count=1, flags=re.MULTILINE)
+
+
+def _donate(text: str, step: StepGraph) -> str:
+    """Say of each argument that the step replaces which result takes its memory."""
+    start = text.index("@main(")
+    head, tail = text[:start], text[start:]
+    end = tail.index("->")
+    signature = tail[:end]
+    for i, argument in enumerate(step.arguments):
+        if argument.output is None:
+            continue
+        pattern = re.compile(rf"(%arg{i}: tensor<[^>]*>)( \{{)?")
+        signature = pattern.sub(
+            lambda m, k=argument.output: f"{m[1]} {{tf.aliasing_output = {k} : i32" + (", " if m[2] else "}"),
+            signature,
+            count=1,
+        )
+    return head + signature + tail[end:]
