@@ -6,8 +6,12 @@ Least traffic for a bfloat16 input of `n` elements, in bytes: 4 n with both copi
 one; a scale that is not known beforehand costs another read of 2 n.
 
 Four rows at a time become the bytes of a 32-bit word, so that the transposition moves words through shared memory:
-a word of the tile is a word of the transposed copy. The largest magnitude is an integer maximum over the bits of
-absolute values: NaN and infinity are above all numbers there, and the order of the atomics does not matter.
+a word of the tile is a word of the transposed copy. On NVIDIA the bytes of a word are made by an instruction of their
+own (`byte_pair`): ptxas 12.8 and 12.9 lose halves of registers that a store of FP8 and a word share, and take the stack
+pointer's bytes instead (https://github.com/triton-lang/triton/issues/11111).
+
+The largest magnitude is an integer maximum over the bits of absolute values: NaN and infinity are above all numbers
+there, and the order of the atomics does not matter.
 """
 
 from __future__ import annotations
@@ -18,23 +22,29 @@ import torch
 import triton
 import triton.language as tl
 
-from kernel_pytorch._triton.launch import multiprocessors, next_power_of_2, on_device_of
+from kernel_pytorch._triton.launch import INTERPRETED, multiprocessors, next_power_of_2, on_device_of
 from kernel_pytorch._triton.targets import CompileCase
 from kernel_pytorch.ops.float8_cast.layout import HISTORY_AT, padded, whole_shape
 
 __all__ = [
     "COMPILE_CASES",
     "FP8_TARGETS",
+    "FP8_TARGETS_AMD",
+    "FP8_TARGETS_NVIDIA",
     "Tile",
+    "byte_pair",
     "cast",
     "known_scale",
     "magnitude",
     "note_amax",
     "roll_state",
-    "to_float8",
+    "saturated",
+    "speaks_ptx",
 ]
 
-FP8_TARGETS = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950")
+FP8_TARGETS_NVIDIA = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
+FP8_TARGETS_AMD = ("gfx942", "gfx950")
+FP8_TARGETS = FP8_TARGETS_NVIDIA + FP8_TARGETS_AMD
 _PREPARE_BLOCK, _PREPARE_WARPS, _PROGRAMS_EACH = 8192, 8, 4
 
 
@@ -62,10 +72,39 @@ def magnitude(value):
 
 
 @triton.jit
-def to_float8(value, scale, limit, kind: tl.constexpr):
-    """Return `value * scale`, saturated, in FP8; NaN for what is not finite."""
+def saturated(value, scale, limit):
+    """Return `value * scale` in float32 as FP8 can hold it; NaN for what is not finite."""
     scaled = tl.minimum(tl.maximum(value * scale, -limit), limit)
-    return tl.where(magnitude(value) < 0x7F800000, scaled, float("nan")).to(kind)
+    return tl.where(magnitude(value) < 0x7F800000, scaled, float("nan"))
+
+
+@triton.jit
+def byte_pair(low, high, FORMAT: tl.constexpr, PTX: tl.constexpr):
+    """Return two float32 values in FP8 as the two low bytes of an integer of 32 bits, the others zero.
+
+    `PTX`: by one instruction whose result is a whole register, which no store of FP8 shares; see the module.
+    """
+    if PTX:
+        if FORMAT == "e4m3":
+            pair = tl.inline_asm_elementwise(
+                "{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, $2, $1; cvt.u32.u16 $0, pair; }",
+                "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            pair = tl.inline_asm_elementwise(
+                "{ .reg .b16 pair; cvt.rn.satfinite.e5m2x2.f32 pair, $2, $1; cvt.u32.u16 $0, pair; }",
+                "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+    else:
+        kind: tl.constexpr = tl.float8e4nv if FORMAT == "e4m3" else tl.float8e5
+        pair = low.to(kind).to(tl.uint8, bitcast=True).to(tl.int32)
+        pair |= high.to(kind).to(tl.uint8, bitcast=True).to(tl.int32) << 8
+    return pair
+
+
+def speaks_ptx(x: torch.Tensor) -> bool:
+    """Return whether kernels on a tensor are compiled for NVIDIA."""
+    return x.is_cuda and not INTERPRETED and torch.version.hip is None
 
 
 @triton.jit
@@ -175,6 +214,7 @@ def float8_cast_kernel(
     UPDATE: tl.constexpr,
     POWER_OF_2: tl.constexpr,
     PARTIALS: tl.constexpr,
+    PTX: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -193,11 +233,14 @@ def float8_cast_kernel(
         value = tl.load(x + row[:, None] * columns + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if UPDATE:
             most = tl.maximum(most, tl.max(magnitude(value), axis=1))
-        small = to_float8(value, scale, limit, kind)
+        small = saturated(value, scale, limit)
         if row_out is not None:
-            tl.store(row_out + row[:, None] * row_stride + column[None, :], small, mask=mask)
+            tl.store(row_out + row[:, None] * row_stride + column[None, :], small.to(kind), mask=mask)
         if column_out is not None:
-            word |= small.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * j)
+            if j % 2 == 0:
+                even = small
+            else:
+                word |= byte_pair(even, small, FORMAT, PTX) << (8 * (j - 1))
     if column_out is not None:
         at = column[:, None] * column_stride + first[None, :]
         tl.store(column_out + at, tl.trans(word), mask=(column < columns)[:, None] & (first < words)[None, :])
@@ -274,6 +317,7 @@ def cast(
                 UPDATE=update and state is not None,
                 POWER_OF_2=power_of_2,
                 PARTIALS=next_power_of_2(len(partials)),
+                PTX=speaks_ptx(x),
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
                 num_warps=tile.warps,
@@ -292,11 +336,13 @@ def _prepare_case(kind: str, label: str, *, state: bool) -> CompileCase:
     return CompileCase(float8_prepare_kernel, signature, constants, _PREPARE_WARPS, label=label)
 
 
-def _cast_case(kind: str, form: str, label: str, *, state: bool, row: bool = True) -> CompileCase:
+def _cast_case(
+    kind: str, form: str, label: str, *, state: bool, row: bool = True, partials: int = 1024, ptx: bool = True
+) -> CompileCase:
     small = "*fp8e4nv" if form == "e4m3" else "*fp8e5"
     signature = {"x": f"*{kind}", "column_out": "*i32", "partials": "*i32", "inverse_out": "*fp32"}
     constants: dict[str, object] = {
-        "FORMAT": form, "UPDATE": state, "POWER_OF_2": not state, "PARTIALS": 512,
+        "FORMAT": form, "UPDATE": state, "POWER_OF_2": not state, "PARTIALS": partials, "PTX": ptx,
         "ROWS": Tile().rows, "COLUMNS": Tile().columns,
     }  # fmt: skip
     for name, present, what in (("row_out", row, small), ("state", state, "*fp32"), ("state_bits", state, "*i32")):
@@ -307,8 +353,7 @@ def _cast_case(kind: str, form: str, label: str, *, state: bool, row: bool = Tru
     integers = dict.fromkeys(("rows", "columns", "row_stride", "column_stride", "words", "blocks", "count"), "i32")
     return CompileCase(
         float8_cast_kernel, signature | integers | {"limit": "fp32"}, constants, Tile().warps,
-        divisible=(*(n for n, k in signature.items() if k[0] == "*"), "columns", "row_stride", "column_stride"),
-        label=label, targets=FP8_TARGETS,
+        label=label, targets=FP8_TARGETS_NVIDIA if ptx else FP8_TARGETS_AMD,
     )  # fmt: skip
 
 
@@ -318,4 +363,6 @@ COMPILE_CASES = [
     _cast_case("bf16", "e4m3", "delayed", state=True),
     _cast_case("fp32", "e5m2", "current", state=False),
     _cast_case("bf16", "e5m2", "transposed", state=True, row=False),
+    _cast_case("bf16", "e5m2", "small", state=False, partials=512),
+    _cast_case("bf16", "e4m3", "amd", state=True, ptx=False),
 ]

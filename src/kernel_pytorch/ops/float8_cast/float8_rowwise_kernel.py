@@ -14,7 +14,16 @@ import triton.language as tl
 
 from kernel_pytorch._triton.launch import on_device_of
 from kernel_pytorch._triton.targets import CompileCase
-from kernel_pytorch.ops.float8_cast.float8_cast_kernel import FP8_TARGETS, Tile, magnitude, scale_for, to_float8
+from kernel_pytorch.ops.float8_cast.float8_cast_kernel import (
+    FP8_TARGETS_AMD,
+    FP8_TARGETS_NVIDIA,
+    Tile,
+    byte_pair,
+    magnitude,
+    saturated,
+    scale_for,
+    speaks_ptx,
+)
 from kernel_pytorch.ops.float8_cast.layout import padded, whole_shape
 
 __all__ = ["COMPILE_CASES", "cast_rows"]
@@ -59,6 +68,7 @@ def float8_cast_rows_kernel(
     limit,
     FORMAT: tl.constexpr,
     POWER_OF_2: tl.constexpr,
+    PTX: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -80,13 +90,16 @@ def float8_cast_rows_kernel(
         if row_out is not None:
             by_row = tl.load(row_amax + row, mask=row < rows, other=0).to(tl.float32, bitcast=True)
             row_scale = scale_for(by_row, limit, POWER_OF_2)
-            small = to_float8(value, row_scale[:, None], limit, kind)
-            tl.store(row_out + row[:, None] * row_stride + column[None, :], small, mask=mask)
+            small = saturated(value, row_scale[:, None], limit)
+            tl.store(row_out + row[:, None] * row_stride + column[None, :], small.to(kind), mask=mask)
             row_told = row < tl.where(program % blocks == 0, rows, 0)
             tl.store(row_inverse + row, _inverse(by_row, row_scale), mask=row_told)
         if column_out is not None:
-            turned = to_float8(value, column_scale[None, :], limit, kind)
-            word |= turned.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * j)
+            turned = saturated(value, column_scale[None, :], limit)
+            if j % 2 == 0:
+                even = turned
+            else:
+                word |= byte_pair(even, turned, FORMAT, PTX) << (8 * (j - 1))
     if column_out is not None:
         at = column[:, None] * column_stride + first[None, :]
         tl.store(column_out + at, tl.trans(word), mask=inside[:, None] & (first < words)[None, :])
@@ -147,6 +160,7 @@ def cast_rows(
                 limit,
                 FORMAT="e4m3" if dtype is torch.float8_e4m3fn else "e5m2",
                 POWER_OF_2=power_of_2,
+                PTX=speaks_ptx(x),
                 ROWS=_CAST.rows,
                 COLUMNS=_CAST.columns,
                 num_warps=_CAST.warps,
@@ -165,11 +179,15 @@ COMPILE_CASES = [
         {"ROWS": _AMAX.rows, "COLUMNS": _AMAX.columns},
         _AMAX.warps,
     ),
-    CompileCase(
-        float8_cast_rows_kernel,
-        _CAST_SIGNATURE,
-        {"FORMAT": "e4m3", "POWER_OF_2": True, "ROWS": _CAST.rows, "COLUMNS": _CAST.columns},
-        _CAST.warps,
-        targets=FP8_TARGETS,
+    *(
+        CompileCase(
+            float8_cast_rows_kernel,
+            _CAST_SIGNATURE,
+            {"FORMAT": "e4m3", "POWER_OF_2": True, "PTX": ptx, "ROWS": _CAST.rows, "COLUMNS": _CAST.columns},
+            _CAST.warps,
+            label="" if ptx else "amd",
+            targets=FP8_TARGETS_NVIDIA if ptx else FP8_TARGETS_AMD,
+        )
+        for ptx in (True, False)
     ),
 ]

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, operator"
-# ruff: noqa: ANN001, ANN202, N803, PLR0917
+# ruff: noqa: ANN001, ANN202, C901, N803, PLR0917
 """Triton kernels of gated activations that write FP8.
 
 Least traffic for `n` elements of the product, bfloat16 inputs, in bytes: forward 5 n (read gate and up, write one);
@@ -17,12 +17,16 @@ from kernel_pytorch._triton.launch import Launch, multiprocessors, next_power_of
 from kernel_pytorch._triton.targets import CompileCase
 from kernel_pytorch.ops.float8_cast.float8_cast_kernel import (
     FP8_TARGETS,
+    FP8_TARGETS_AMD,
+    FP8_TARGETS_NVIDIA,
     Tile,
+    byte_pair,
     known_scale,
     magnitude,
     note_amax,
     roll_state,
-    to_float8,
+    saturated,
+    speaks_ptx,
 )
 from kernel_pytorch.ops.float8_cast.layout import HISTORY_AT, padded
 from kernel_pytorch.ops.gated_mlp.gated_mlp_kernel import gelu_tanh_argument
@@ -136,8 +140,8 @@ def float8_gated_mlp_forward_kernel(
     x = tl.load(gate, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(gate + columns, mask=mask, other=0.0).to(tl.float32)
     product = x * _share(x, ACTIVATION) * u
-    small = to_float8(product, scale, limit, kind)
-    tl.store(out + row[:, None] * columns + column[None, :], small, mask=mask)
+    small = saturated(product, scale, limit)
+    tl.store(out + row[:, None] * columns + column[None, :], small.to(kind), mask=mask)
     if program == 0:
         tl.store(inverse_out, inverse)
     if UPDATE:
@@ -169,11 +173,11 @@ def float8_gated_mlp_backward_kernel(
     UPDATE: tl.constexpr,
     POWER_OF_2: tl.constexpr,
     PARTIALS: tl.constexpr,
+    PTX: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     kind: tl.constexpr = tl.float8e4nv if FORMAT == "e4m3" else tl.float8e5
-    product_kind: tl.constexpr = tl.float8e4nv if PRODUCT_FORMAT == "e4m3" else tl.float8e5
     program = tl.program_id(0)
     scale, inverse, amax, fresh = known_scale(state, partials, count, limit, PARTIALS, POWER_OF_2)
     product_scale = 1.0 / tl.load(product_inverse)
@@ -194,17 +198,20 @@ def float8_gated_mlp_backward_kernel(
         by_gate, by_up, product = _gradients(g, x, u, ACTIVATION)
         if UPDATE:
             most = tl.maximum(most, tl.max(tl.maximum(magnitude(by_gate), magnitude(by_up)), axis=1))
-        small_gate = to_float8(by_gate, scale, limit, kind)
-        small_up = to_float8(by_up, scale, limit, kind)
+        small_gate = saturated(by_gate, scale, limit)
+        small_up = saturated(by_up, scale, limit)
+        small = saturated(product, product_scale, product_limit)
         if row_out is not None:
-            tl.store(row_out + gate, small_gate, mask=mask)
-            tl.store(row_out + gate + columns, small_up, mask=mask)
-        if column_out is not None:
-            gate_word |= small_gate.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * j)
-            up_word |= small_up.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * j)
-        if product_out is not None:
-            small = to_float8(product, product_scale, product_limit, product_kind)
-            product_word |= small.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * j)
+            tl.store(row_out + gate, small_gate.to(kind), mask=mask)
+            tl.store(row_out + gate + columns, small_up.to(kind), mask=mask)
+        if j % 2 == 0:
+            even_gate, even_up, even = small_gate, small_up, small
+        else:
+            if column_out is not None:
+                gate_word |= byte_pair(even_gate, small_gate, FORMAT, PTX) << (8 * (j - 1))
+                up_word |= byte_pair(even_up, small_up, FORMAT, PTX) << (8 * (j - 1))
+            if product_out is not None:
+                product_word |= byte_pair(even, small, PRODUCT_FORMAT, PTX) << (8 * (j - 1))
     at = column[:, None] * words + first[None, :]
     turned = (column < columns)[:, None] & (first < words)[None, :]
     if column_out is not None:
@@ -348,6 +355,7 @@ def backward(
             UPDATE=state is not None,
             POWER_OF_2=power_of_2,
             PARTIALS=next_power_of_2(len(partials)),
+            PTX=speaks_ptx(grad),
             ROWS=_BACKWARD.rows,
             COLUMNS=_BACKWARD.columns,
             num_warps=_BACKWARD.warps,
@@ -357,7 +365,7 @@ def backward(
     return row_out, column_out, inverse, product_out
 
 
-def _case(kernel: object, label: str, *, backwards: bool, prepares: bool, state: bool) -> CompileCase:
+def _case(kernel: object, label: str, *, backwards: bool, prepares: bool, state: bool, ptx: bool = True) -> CompileCase:
     signature = {"gate_up": "*bf16", "partials": "*i32", "columns": "i32", "limit": "fp32"}
     constants: dict[str, object] = {"ACTIVATION": "silu", "POWER_OF_2": True}
     optional = {"grad": (backwards, "*bf16"), "state": (state, "*fp32")}
@@ -368,12 +376,12 @@ def _case(kernel: object, label: str, *, backwards: bool, prepares: bool, state:
         signature |= {"inverse_out": "*fp32"} | dict.fromkeys(("rows", "blocks", "count"), "i32")
         optional["state_bits"] = (state, "*i32")
         tile = _BACKWARD if backwards else _FORWARD
-        constants |= {"FORMAT": "e5m2" if backwards else "e4m3", "UPDATE": state, "PARTIALS": 512}
+        constants |= {"FORMAT": "e5m2" if backwards else "e4m3", "UPDATE": state, "PARTIALS": 1024}
         constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns}
         if backwards:
             signature |= {"row_out": "*fp8e5", "column_out": "*i32", "product_out": "*i32", "words": "i32"}
             signature |= {"product_inverse": "*fp32", "product_limit": "fp32"}
-            constants["PRODUCT_FORMAT"] = "e4m3"
+            constants |= {"PRODUCT_FORMAT": "e4m3", "PTX": ptx}
         else:
             signature["out"] = "*fp8e4nv"
             optional.pop("grad")
@@ -382,12 +390,11 @@ def _case(kernel: object, label: str, *, backwards: bool, prepares: bool, state:
             signature[name] = what
         else:
             constants[name] = None
-    pointers = tuple(n for n, k in signature.items() if k[0] == "*")
-    wide = (*pointers, "columns", *(("words",) if "words" in signature else ()))
+    targets = None if prepares else FP8_TARGETS
+    if "PTX" in constants:
+        targets = FP8_TARGETS_NVIDIA if ptx else FP8_TARGETS_AMD
     warps = _PREPARE_WARPS if prepares else _BACKWARD.warps if backwards else _FORWARD.warps
-    return CompileCase(
-        kernel, signature, constants, warps, divisible=wide, label=label, targets=None if prepares else FP8_TARGETS
-    )
+    return CompileCase(kernel, signature, constants, warps, label=label, targets=targets)
 
 
 COMPILE_CASES = [
@@ -396,4 +403,5 @@ COMPILE_CASES = [
     _case(float8_gated_mlp_forward_kernel, "delayed", backwards=False, prepares=False, state=True),
     _case(float8_gated_mlp_backward_kernel, "delayed", backwards=True, prepares=False, state=True),
     _case(float8_gated_mlp_backward_kernel, "current", backwards=True, prepares=False, state=False),
+    _case(float8_gated_mlp_backward_kernel, "amd", backwards=True, prepares=False, state=True, ptx=False),
 ]
