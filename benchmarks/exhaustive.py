@@ -28,6 +28,7 @@ from kernel_pytorch.core.types import Candidate, Status, Step, Trial
 from kernel_pytorch.report.reading import short
 from kernel_pytorch.search.bench import Bench
 from kernel_pytorch.search.propose import Proposals, propose
+from kernel_pytorch.search.survey import described
 from kernel_pytorch.search.trial import TrialRequest, run_trial
 
 FINALISTS = 3
@@ -78,7 +79,7 @@ def main() -> int:
     started = time.monotonic()
     plan = kp.load_plan(args.plan)
     manager = UnifiedManager(kp.KernelPyTorchConfig(mode=args.mode))
-    bench, spec = manager._bench(kp.load_target(args.target))
+    bench, spec = described(kp.load_target(args.target), manager.config, manager.hardware_manager, manager.transforms)
     proposals = propose(manager.transforms, spec, manager.hardware_manager.spec, manager.config)
     found: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
     found |= {"target": args.target, "mode": args.mode, "device": plan.device.key, "chosen": plan.candidate.label}

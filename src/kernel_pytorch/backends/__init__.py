@@ -10,7 +10,7 @@ from kernel_pytorch.hardware import split_device
 if TYPE_CHECKING:
     from kernel_pytorch.core.protocols import HardwareManager
 
-__all__ = ["manager_for"]
+__all__ = ["manager_for", "one_process"]
 
 _MANAGERS = {
     "amd": "AmdHardwareManager",
@@ -34,3 +34,11 @@ def manager_for(device: str = "auto") -> HardwareManager:
     module = importlib.import_module(f"{__name__}.{vendor}.manager")
     manager: HardwareManager = getattr(module, _MANAGERS[vendor])(index)
     return manager
+
+
+def one_process(manager: HardwareManager) -> bool:
+    """Return whether one process at a time can have the manager's device, as a TPU's chip: then workers measure alone.
+
+    Such a manager takes its device when something has to run on it, and not before.
+    """
+    return bool(getattr(manager, "one_process", False))

@@ -123,6 +123,13 @@ _trust_code = click.option(
 _trust_artifacts = click.option(
     "--trust-artifacts", is_flag=True, help="Load code in the plan's artifacts/ (packages, compile caches)."
 )
+_device = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="DEVICE",
+    help="Where: cpu, cuda:N, nvidia, amd, intel (xpu), tpu; `auto` is the machine's best.",
+)
 _seed = click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of inputs and resampling."
 )
@@ -180,6 +187,7 @@ def kpt() -> None:
 
 
 @kpt.command()
+@_device
 @_format
 def detect(**options: Any) -> int:
     """Show this machine, and which optimisations can run on it.
@@ -194,6 +202,7 @@ def detect(**options: Any) -> int:
 @kpt.command(epilog=TARGET_HELP)
 @_target
 @_mode
+@_device
 @_choice
 @_seed
 @_trust_code
@@ -208,6 +217,7 @@ def predict(**options: Any) -> int:
 @kpt.command(epilog=TARGET_HELP)
 @_target
 @_mode
+@_device
 @click.option(
     "--budget",
     type=_Budget(by_device=True),

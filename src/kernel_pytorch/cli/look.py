@@ -9,13 +9,13 @@ from kernel_pytorch.cli.output import emit, quiet_stdout
 __all__ = ["detect", "predict"]
 
 
-def detect(*, form: str) -> int:
+def detect(*, form: str, device: str = "auto") -> int:
     """Print the machine and what can run on it; return 1 where something fixable is missing."""
     with quiet_stdout():
         from kernel_pytorch import catalog, hardware
         from kernel_pytorch.plan.schema import plain
 
-        spec = hardware.detect()
+        spec = hardware.detect(device)
         rows = [(t.name, t.summary, t.probe(spec)) for t in catalog.TRANSFORMS]
     fixable = [skip for _, _, skip in rows if skip is not None and skip.fix]
 
@@ -41,7 +41,7 @@ def detect(*, form: str) -> int:
     return 1 if fixable else 0
 
 
-def predict(*, target: str, mode: str, form: str, **options: Any) -> int:
+def predict(*, target: str, mode: str, form: str, device: str = "auto", **options: Any) -> int:
     """Print where the time goes and what each optimisation could gain at most."""
     from kernel_pytorch.cli.search import make_config
 
@@ -52,7 +52,7 @@ def predict(*, target: str, mode: str, form: str, **options: Any) -> int:
 
         config = make_config(mode=mode, **options)
         workload = load_target(target, trust_remote_code=config.trust_remote_code)
-        spec, prediction, proposals = UnifiedManager(config).predict(workload)
+        spec, prediction, proposals = UnifiedManager(config, device=device).predict(workload)
 
     def data() -> dict[str, Any]:
         return {

@@ -43,7 +43,16 @@ def default_directory(target: str) -> Path:
     return Path("kpt-" + (re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "plan"))
 
 
-def optimize(*, target: str, budget: str | float, output: str | None, resume: bool, form: str, **options: Any) -> int:
+def optimize(
+    *,
+    target: str,
+    budget: str | float,
+    output: str | None,
+    resume: bool,
+    form: str,
+    device: str = "auto",
+    **options: Any,
+) -> int:
     """Search, with progress on stderr, and print the outcome."""
     directory = Path(output) if output else default_directory(target)
     with SearchDirectory(directory):  # refuse at once what would be refused after a minute
@@ -55,12 +64,12 @@ def optimize(*, target: str, budget: str | float, output: str | None, resume: bo
         from kernel_pytorch.core.targets import load_target
         from kernel_pytorch.report.progress import live
 
-        seconds = budget_seconds(budget, manager_for().vendor) if isinstance(budget, str) else budget
+        seconds = budget_seconds(budget, manager_for(device).vendor) if isinstance(budget, str) else budget
         config = make_config(budget_s=seconds, **options)
         workload = load_target(target, trust_remote_code=config.trust_remote_code)
         console = stderr_console()
         with live(console) as listen:
-            result = UnifiedManager(config).optimize(
+            result = UnifiedManager(config, device=device).optimize(
                 workload, directory=directory, resume=resume, listen=listen, command=_command()
             )
     plan = result.plan

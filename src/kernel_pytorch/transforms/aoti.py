@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError, InputsError
-from kernel_pytorch.transforms.compile import Compile, needs_compiler
+from kernel_pytorch.transforms.compile import Compile, backend_of, needs_compiler
 from kernel_pytorch.transforms.cuda_graph import Unrecordable
 from kernel_pytorch.transforms.plain_source import plain_source
 from kernel_pytorch.transforms.scoped import inside_settings, settings_of
@@ -132,7 +132,9 @@ class Aoti:
     compiles = True
 
     def probe(self, device: DeviceSpec) -> Skip | None:
-        """A C++ compiler is needed."""
+        """A C++ compiler is needed, and a device that Inductor compiles for."""
+        if backend_of(device):
+            return Skip("AOTInductor packages are for CPUs and GPUs")
         return needs_compiler(device)
 
     def propose(self, workload: WorkloadSpec, device: DeviceSpec) -> Sequence[Step] | Skip:

@@ -85,7 +85,7 @@ class Attention:
 
     def probe(self, device: DeviceSpec) -> Skip | None:
         """SDPA has more than one backend on CPUs and GPUs."""
-        return Skip("PyTorch/XLA has no SDPA backends to choose from") if device.vendor == "tpu" else None
+        return Skip("on a TPU the runtime chooses the attention kernel") if device.vendor == "tpu" else None
 
     def propose(self, workload: WorkloadSpec, device: DeviceSpec) -> Sequence[Step] | Skip:
         """The kernels that run here, then the backends that the model does not use yet.

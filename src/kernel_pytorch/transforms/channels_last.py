@@ -46,9 +46,9 @@ class ChannelsLast:
     modes = frozenset({Mode.INFERENCE, Mode.TRAINING})
     compiles = False
 
-    def probe(self, device: DeviceSpec) -> Skip | None:  # noqa: ARG002
-        """Runs on every device."""
-        return None
+    def probe(self, device: DeviceSpec) -> Skip | None:
+        """Runs on every device that takes strides as they are."""
+        return Skip("on a TPU the compiler chooses the layout of every array") if device.vendor == "tpu" else None
 
     def propose(self, workload: WorkloadSpec, device: DeviceSpec) -> Sequence[Step] | Skip:  # noqa: ARG002
         """For models with 2d or 3d convolutions."""

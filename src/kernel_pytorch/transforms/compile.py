@@ -22,16 +22,25 @@ from kernel_pytorch.transforms.traceable import refuse_untraceable
 from kernel_pytorch.transforms.trees import map_tensors
 from kernel_pytorch.transforms.weights_watch import WeightsWatch
 
-__all__ = ["Compile", "compiled", "entry_point", "needs_compiler"]
+__all__ = ["Compile", "backend_of", "compiled", "entry_point", "needs_compiler"]
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+_BACKENDS = {"tpu": "tpu", "xla": "openxla"}
+"""What compiles for a device that Inductor does not, by the type that torch calls it: TorchTPU and PyTorch/XLA."""
 _RECOMPILE_LIMIT = 8
 
 
+def backend_of(device: DeviceSpec) -> str:
+    """Return what `torch.compile(backend=)` takes for a device; empty where it is Inductor."""
+    if device.vendor != "tpu":
+        return ""
+    return _BACKENDS["tpu" if "torch_tpu" in device.features else "xla"]
+
+
 def needs_compiler(device: DeviceSpec) -> Skip | None:
-    """Return why Inductor cannot generate code on this machine, if so."""
-    if "cxx_compiler" in device.features:
+    """Return why no code can be generated on this machine, if so: Inductor needs a C++ compiler, a TPU has its own."""
+    if "cxx_compiler" in device.features or backend_of(device):
         return None
     return Skip("Inductor needs a C++ compiler and none was found", fix="apt-get install g++")
 
@@ -159,6 +168,9 @@ def loss_compiled(program: Program, call: Callable[..., Any], step: Step) -> Cal
 class Compile:
     """`torch.compile`: `mode`, `dynamic=True`, `freezing=True` (inference: weights become constants, prepacked).
 
+    On a TPU, `backend=tpu` (TorchTPU) or `backend=openxla` (PyTorch/XLA) and nothing else: they have no modes, and
+    compile each shape by itself.
+
     In training, `scope=loss` also compiles the loss with the model inside it, for loops that call `kp.fused_loss`: what
     else a model returns (the logits of a language model) then is no output of the graph, and need not be kept.
     """
@@ -180,6 +192,9 @@ class Compile:
         if skip is not None:
             return skip
         frozen = workload.mode is Mode.INFERENCE
+        if backend := backend_of(device):
+            whole = [] if frozen else [Step(self.name, {"backend": backend, "scope": "loss"})]
+            return [*whole, Step(self.name, {"backend": backend})]
         settings: list[dict[str, Any]] = [{"mode": "default"}]
         if not frozen:
             settings.insert(0, {"mode": "default", "scope": "loss"})
@@ -209,6 +224,7 @@ class Compile:
         dynamic = bool(step.params.get("dynamic", False))
         if mode not in _MODES:
             raise CandidateError(f"unknown mode {mode!r} of compile; expected one of {', '.join(_MODES)}")
+        _check_backend(step, program.model)
         if step.params.get("freezing", False) and program.mode is Mode.TRAINING:
             raise CandidateError(f"{step} turns the weights into constants; it is for inference")
         if not dynamic and len(program.calls) > _RECOMPILE_LIMIT:
@@ -262,6 +278,24 @@ def _with_loss(step: Step, program: Program) -> bool:
     return scope == "loss"
 
 
+def _check_backend(step: Step, model: nn.Module) -> None:
+    """Refuse a backend for another device than the model's, and what only Inductor has.
+
+    Raises:
+        CandidateError: With what was expected.
+    """
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+    wanted, given = _BACKENDS.get(kind, ""), str(step.params.get("backend", ""))
+    if given != wanted:
+        named = f"backend={wanted}" if wanted else "no backend but Inductor"
+        raise CandidateError(f"{step}: a model on {kind} is compiled with {named}")
+    others = {*step.params} & {"mode", "dynamic", "freezing"}
+    if given and others:
+        raise CandidateError(f"{step}: {', '.join(sorted(others))}: backend={given} has none of Inductor's settings")
+
+
 def _arguments(step: Step) -> dict[str, Any]:
+    if backend := step.params.get("backend"):
+        return {"backend": str(backend), "dynamic": False}
     mode = str(step.params.get("mode", "default"))
     return {"dynamic": bool(step.params.get("dynamic", False)), "mode": mode}

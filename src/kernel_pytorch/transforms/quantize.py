@@ -131,6 +131,8 @@ class Quantize:
 
     def probe(self, device: DeviceSpec) -> Skip | None:
         """Torchao is needed, and a machine on which one small layer runs."""
+        if device.vendor == "tpu":
+            return Skip("torchao's kernels are for CPUs and GPUs")
         if importlib.util.find_spec("torchao") is None:
             return Skip("torchao is not installed", fix=_INSTALL)
         if self.scheme == "float8_dynamic" and "fp8" not in device.features:

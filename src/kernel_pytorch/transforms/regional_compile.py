@@ -8,29 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernel_pytorch.core.blocks import blocks_of
 from kernel_pytorch.core.program import plain_call
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
-from kernel_pytorch.transforms.compile import Compile, entry_point, needs_compiler
+from kernel_pytorch.transforms.compile import Compile, backend_of, entry_point, needs_compiler
 from kernel_pytorch.transforms.graph_report import Watched
 from kernel_pytorch.transforms.plain_source import plain_source
 from kernel_pytorch.transforms.traceable import refuse_untraceable
 
-__all__ = ["RegionalCompile", "blocks_of"]
+__all__ = ["RegionalCompile"]
 
 _FEWEST = 3
-
-
-def blocks_of(model: nn.Module, name: str) -> list[nn.Module]:
-    """Return the modules whose class has this name and that lie in no other such module."""
-    found: list[nn.Module] = []
-    inside: set[int] = set()
-    for module in model.modules():
-        if type(module).__name__ == name and id(module) not in inside:
-            found.append(module)
-            inside.update(id(child) for child in module.modules())
-    return found
 
 
 class RegionalCompile:
@@ -56,7 +46,8 @@ class RegionalCompile:
         names = [n for n, count in workload.blocks.items() if count >= _FEWEST and n not in builtin]
         if not names:
             return Skip(f"no class of blocks repeats {_FEWEST} times or more")
-        return [Step(self.name, {"block": names[0]})]
+        backend = backend_of(device)
+        return [Step(self.name, {"block": names[0]} | ({"backend": backend} if backend else {}))]
 
     def ceiling(self, step: Step, prediction: Prediction, device: DeviceSpec) -> float:
         """As for the whole model."""
@@ -72,7 +63,7 @@ class RegionalCompile:
             raise CandidateError(f"{name!r} is the model itself; use compile")
         refuse_untraceable(program, step)
         # One code object for all of them, and not the one that every other module shares: see `entry_point`.
-        call = torch.compile(entry_point(_call_block), dynamic=False)
+        call = torch.compile(entry_point(_call_block), **_arguments(step))
         for block in blocks:
             before = block._compiled_call_impl  # noqa: SLF001
             program.undo.append(lambda block=block, before=before: _set_call(block, before))  # type: ignore[misc]
@@ -82,11 +73,17 @@ class RegionalCompile:
 
     def source(self, step: Step) -> str:
         """A loop over the blocks."""
-        then = f"for block in blocks_of(model, {step.params['block']!r}):\n    block.compile(dynamic=False)"
+        inner = ", ".join(f"{k}={v!r}" for k, v in _arguments(step).items())
+        then = f"for block in blocks_of(model, {step.params['block']!r}):\n    block.compile({inner})"
         return plain_source(blocks_of, then=then)
 
 
 _BLOCKS_OF_TORCH = {"TransformerEncoderLayer", "TransformerDecoderLayer"}
+
+
+def _arguments(step: Step) -> dict[str, Any]:
+    backend = step.params.get("backend")
+    return {"dynamic": False} | ({"backend": str(backend)} if backend else {})
 
 
 def _call_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:

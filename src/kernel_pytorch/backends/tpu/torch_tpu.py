@@ -52,7 +52,7 @@ class TorchTpu:
     def barrier(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the tensors behind `stablehlo.optimization_barrier`; gradients do not pass it.
 
-        The operator rather than `torch.tpu.ops.optimization_barrier`, which is the same and warns of being experimental.
+        The operator behind `torch.tpu.ops.optimization_barrier`, which is the same and warns of being experimental.
         """
         held: list[torch.Tensor] = torch.ops.tpu._optimization_barrier(list(tensors))  # noqa: SLF001
         return held
@@ -120,5 +120,9 @@ def _initialise(*, emulated: bool) -> None:
         hardware.get_tpu_device_count = lambda: 1
         hardware._scan_pci_tpus = lambda: (1, {1: "1,1,1"})  # noqa: SLF001
     _loader.load()
+    if emulated:  # SDPA would be a Mosaic kernel, which only a chip runs: here it is plain operators
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if not torch.accelerator.is_available():
         raise RuntimeError("it finds no TPU device")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -26,18 +27,28 @@ class Result:
 
     Attributes:
         plan: The plan with its evidence.
-        original: The user's unmodified model.
+        given: The user's unmodified model, where it was.
         calls: Example inputs by case.
         config: What was asked for.
         transforms: What the steps of the plan name.
+        place: Puts a model or inputs on the plan's device, at the first use.
     """
 
     plan: Plan
-    original: nn.Module
+    given: nn.Module
     calls: dict[str, Call]
     config: KernelPyTorchConfig
     transforms: Sequence[Transform] = TRANSFORMS
+    place: Callable[[Any], Any] = lambda tree: tree
     _model: nn.Module | None = None
+    _original: nn.Module | None = None
+
+    @property
+    def original(self) -> nn.Module:
+        """The user's unmodified model, on the plan's device."""
+        if self._original is None:
+            self._original = self.place(self.given)
+        return self._original
 
     @property
     def model(self) -> nn.Module:
@@ -52,7 +63,7 @@ class Result:
         return apply(
             self.plan,
             self.original,
-            inputs=self.calls,
+            inputs=self.place(self.calls),
             outside=self.config.outside,
             transforms=self.transforms,
             deploy_to=deploy_to,
@@ -67,7 +78,9 @@ class Result:
     def write(self, store: SearchDirectory) -> None:
         """Write the same into a directory that is held already."""
         store.write_plan(self.plan)
-        if self.plan.candidate.steps and self.plan.workload.mode is Mode.INFERENCE:  # what trains is not deployed
+        # What trains is not deployed, and no step of a TPU writes files: the chip is not taken for them.
+        deploys = self.plan.workload.mode is Mode.INFERENCE and self.plan.device.vendor != "tpu"
+        if self.plan.candidate.steps and deploys:
             self._apply(store.make_artifacts())
             if not any(store.artifacts.iterdir()):
                 store.artifacts.rmdir()
