@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
@@ -21,12 +22,23 @@ def count_flops(graph: fx.GraphModule) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for node in graph.graph.nodes:
         packet = getattr(node.target, "overloadpacket", None)
-        formula = flop_registry.get(packet) if node.op == "call_function" else None
+        formula = flop_registry.get(_counted_as(packet)) if node.op == "call_function" else None
         if formula is None:
             continue
         args, kwargs = pytree.tree_map(_value, (node.args, dict(node.kwargs)))
         counts[str(packet)] += int(formula(*args, **kwargs, out_val=node.meta.get("val")))
     return dict(counts)
+
+
+def _counted_as(packet: Any) -> Any:
+    """Return the operator whose formula counts one: attention of a backend outside PyTorch is attention."""
+    aten = torch.ops.aten
+    same = {
+        aten._scaled_dot_product_fused_attention_overrideable: aten._scaled_dot_product_cudnn_attention,  # noqa: SLF001
+        aten._scaled_dot_product_fused_attention_overrideable_backward:  # noqa: SLF001
+            aten._scaled_dot_product_cudnn_attention_backward,  # noqa: SLF001
+    }  # fmt: skip
+    return same.get(packet, packet)
 
 
 def _value(leaf: Any) -> Any:

@@ -1,0 +1,40 @@
+"""An identity that a compiler may not look through: XLA's optimization barrier, where there is an XLA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["hold_apart"]
+
+
+def hold_apart(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return equal tensors that a compiler takes for others, ready only when all of the given ones are.
+
+    What is computed from them is neither merged with what was computed before nor started early. Without gradients:
+    for the inside of an `autograd.Function`.
+
+    Args:
+        tensors: Any shapes and dtypes, on one device. On a `tpu` (TorchTPU) and an `xla` device (PyTorch/XLA) this is
+            `stablehlo.optimization_barrier`; elsewhere nothing merges whole steps, and they come back as they are.
+    """
+    given = list(tensors)
+    kind = next((t.device.type for t in given), "cpu")
+    if kind == "tpu":
+        held: list[torch.Tensor] = torch.ops.tpu._optimization_barrier(given)  # noqa: SLF001
+        return list(held)
+    if kind == "xla":
+        return _of_pytorch_xla(given)
+    return given
+
+
+def _of_pytorch_xla(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """PyTorch/XLA's barrier writes in place, to a list: it gets aliases of its own."""
+    import torch_xla
+
+    backend: Any = torch_xla._XLAC  # noqa: SLF001
+    held = [t.view_as(t) for t in tensors]
+    backend._xla_optimization_barrier_(held)  # noqa: SLF001
+    return held
