@@ -1,7 +1,22 @@
 """Training in FP8: recipes, linear layers with their scales, and the conversion of models."""
 
 from kernel_pytorch.precision.convert import convert, report, restore
+from kernel_pytorch.precision.fallback import fall_back
 from kernel_pytorch.precision.linear import Float8Linear, swap_linears
 from kernel_pytorch.precision.recipes import RECIPES, Recipe, Scaling
+from kernel_pytorch.precision.state import hold_weights, load_state, state
 
-__all__ = ["RECIPES", "Float8Linear", "Recipe", "Scaling", "convert", "report", "restore", "swap_linears"]
+__all__ = [
+    "RECIPES",
+    "Float8Linear",
+    "Recipe",
+    "Scaling",
+    "convert",
+    "fall_back",
+    "hold_weights",
+    "load_state",
+    "report",
+    "restore",
+    "state",
+    "swap_linears",
+]

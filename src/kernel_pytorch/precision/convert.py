@@ -20,6 +20,7 @@ from kernel_pytorch.ops.gated_mlp.matching import gated_mlp_options
 from kernel_pytorch.ops.gated_mlp.reference import gated_mlp_reference
 from kernel_pytorch.precision.choice import PRODUCTS, Choice, LayerShape, choose
 from kernel_pytorch.precision.eligible import Verdict, verdicts
+from kernel_pytorch.precision.fallback import fallen
 from kernel_pytorch.precision.linear import restore_linear, swap_linears
 from kernel_pytorch.precision.mlp import fusible, restore_mlp, swap_mlp
 from kernel_pytorch.precision.observe import Seen, alike, observe
@@ -135,7 +136,7 @@ def convert(
 
 
 def report(model: nn.Module) -> Report:
-    """Return what became of each linear layer of a converted model.
+    """Return what became of each linear layer of a converted model, those that fell back since among them.
 
     Raises:
         ModelError: It is not converted.
@@ -143,7 +144,9 @@ def report(model: nn.Module) -> Report:
     found = vars(model).get(_REPORT)
     if not isinstance(found, Report):
         raise ModelError("the model was not converted", fix="kp.precision.convert(model)")
-    return found
+    since = fallen(model)
+    layers = [LayerReport(told.path, reason=since[told.path]) if told.path in since else told for told in found.layers]
+    return replace(found, layers=layers)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -160,6 +163,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 def undo(model: nn.Module) -> None:
     """Take FP8 off every module of a model."""
+    fallen(model).clear()
     for module in model.modules():
         restore_mlp(module)
         if isinstance(module, nn.Linear):

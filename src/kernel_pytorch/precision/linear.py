@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from kernel_pytorch.ops.float8_cast import float8_cast
+from kernel_pytorch.ops.float8_cast.counting import count_op
 from kernel_pytorch.ops.float8_cast.op import float8_cast_op, float8_cast_rows_op
 from kernel_pytorch.ops.float8_matmul.op import float8_matmul_op
 from kernel_pytorch.precision.recipes import Recipe, recipe_named
@@ -42,13 +43,13 @@ class _Linears(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, options: Any, x: torch.Tensor, small: Any, dy_state: Any, *parameters: Any) -> Any:
+    def forward(ctx: Any, options: Any, x: torch.Tensor, small: Any, of_gradient: Any, *parameters: Any) -> Any:
         to, kind, power_of_2, by_row, products = options
         x_row, x_turned, x_inverse, x_turned_inverse, w_row, w_turned, w_inverse, w_turned_inverse = small
         weights, biases = parameters[::2], parameters[1::2]
         sizes = [len(w) for w in weights]
         kept = [x if not products[2][0] else None, *([] if products[1][0] else weights)]
-        ctx.save_for_backward(x_turned, x_turned_inverse, w_turned, w_turned_inverse, dy_state, *kept)
+        ctx.save_for_backward(x_turned, x_turned_inverse, w_turned, w_turned_inverse, *of_gradient, *kept)
         ctx.options, ctx.sizes, ctx.x_dtype = (kind, power_of_2, by_row, products), sizes, x.dtype
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         if not products[0][0]:
@@ -63,7 +64,7 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_turned, x_inverse, w_turned, w_inverse, dy_state, x, *weights = ctx.saved_tensors
+        x_turned, x_inverse, w_turned, w_inverse, dy_state, counters, x, *weights = ctx.saved_tensors
         kind, power_of_2, by_row, products = ctx.options
         _, by_input, by_weight = products
         needs = ctx.needs_input_grad[4:]
@@ -71,7 +72,9 @@ class _Linears(torch.autograd.Function):
         row, turned = wants_x and by_input[0], wants_weight and by_weight[0]
         small: Any = (None, None, None, None)
         if row or turned:
-            small = cast_gradients(dys, dy_state, kind, (row, turned), power_of_2=power_of_2, by_row=by_row)
+            small = cast_gradients(
+                dys, dy_state, kind, (row, turned), power_of_2=power_of_2, by_row=by_row, counters=counters
+            )
         dy_row, dy_turned, dy_inverse, dy_turned_inverse = small
         dx = None
         if row:
@@ -101,12 +104,17 @@ def cast_gradients(
     *,
     power_of_2: bool,
     by_row: bool,
+    counters: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Return gradients side by side in FP8: the wanted copies, and what turns each back."""
     if by_row:
-        out: tuple[torch.Tensor, ...] = float8_cast_rows_op(list(dys), kind, *wanted, power_of_2, 1)
-        return out
+        row, turned, inverse, turned_inverse = float8_cast_rows_op(list(dys), kind, *wanted, power_of_2, 1)
+        if counters is not None and wanted[0]:
+            inverse = count_op(list(dys), inverse, kind, counters)
+        return row, turned, inverse, turned_inverse
     row, turned, inverse = float8_cast_op(list(dys), state, kind, *wanted, "backward", power_of_2, 1)
+    if counters is not None:
+        inverse = count_op(list(dys), inverse, kind, counters)
     return row, turned, inverse, inverse
 
 
@@ -146,12 +154,14 @@ def float8_linears(x: torch.Tensor, site: Site) -> list[torch.Tensor]:
         rows, recipe.dtype("input"), site.states.get("input"), row=recipe.forward.float8, transposed=learns,
         role="forward" if learning else "read", power_of_2=recipe.power_of_2, by_row=recipe.by_row,
     )  # fmt: skip
+    x8 = site.counted([rows], x8, "input")
     w8 = site.weight([layer.weight for layer in layers], transposed=passes)
     products = (recipe.forward, recipe.input_gradient, recipe.weight_gradient)
     flags = tuple((p.float8, p.fast) for p in products)
     options = (to, recipe.dtype("gradient"), recipe.power_of_2, recipe.by_row, flags)
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
-    outs = _Linears.apply(options, rows, (*x8, *w8), site.states.get("gradient"), *parameters)
+    of_gradient = (site.states.get("gradient"), site.counters.get("gradient"))
+    outs = _Linears.apply(options, rows, (*x8, *w8), of_gradient, *parameters)
     return [y.view(*x.shape[:-1], y.shape[-1]) if x.dim() != 2 else y for y in outs]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from kernel_pytorch.ops.float8_cast import float8_cast
+from kernel_pytorch.ops.float8_cast.counting import count_op
 from kernel_pytorch.ops.float8_cast.op import float8_cast_op
 from kernel_pytorch.ops.float8_gated_mlp import float8_gated_mlp_backward_op, float8_gated_mlp_op
 from kernel_pytorch.ops.float8_matmul.op import float8_matmul_op
@@ -34,16 +35,19 @@ class _GatedMLP(torch.autograd.Function):
     def forward(ctx: Any, options: Any, x: torch.Tensor, small: Any, states: Any, *parameters: Any) -> torch.Tensor:
         to, kinds, power_of_2, activation, role, fast = options
         (x_row, x_turned, x_inverse), (w_row, w_turned, w_inverse), (d_row, d_turned, d_inverse) = small
-        product_state, gate_up_state, dy_state = states
+        product_state, gate_up_state, dy_state, product_counters, *counters = states
         sizes = [len(parameters[0]), len(parameters[2])]
         bias = joined_bias((parameters[1], parameters[3]), sizes, to)
         gate_up = float8_matmul_op(x_row, w_row, x_inverse, w_inverse, bias, to, fast[0])
         row, inverse = float8_gated_mlp_op(gate_up, product_state, kinds[0], activation, role, power_of_2)
+        if product_counters is not None:
+            inverse = count_op([row], inverse, kinds[0], product_counters)
         bias = joined_bias((parameters[5],), [len(parameters[4])], to)
         y = float8_matmul_op(row, d_row, inverse, d_inverse, bias, to, fast[0])
         ctx.save_for_backward(
-            x_turned, x_inverse, w_turned, w_inverse, d_turned, d_inverse, gate_up, inverse, gate_up_state, dy_state
-        )
+            x_turned, x_inverse, w_turned, w_inverse, d_turned, d_inverse, gate_up, inverse, gate_up_state, dy_state,
+            *counters,
+        )  # fmt: skip
         ctx.options = (kinds, power_of_2, activation, fast, sizes, x.dtype)
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         return y
@@ -52,6 +56,7 @@ class _GatedMLP(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (
             x_turned, x_inverse, w_turned, w_inverse, d_turned, d_inverse, gate_up, inverse, gate_up_state, dy_state,
+            gate_up_counters, dy_counters,
         ) = ctx.saved_tensors  # fmt: skip
         (product_kind, kind), power_of_2, activation, fast, sizes, x_dtype = ctx.options
         needs = ctx.needs_input_grad[4:]
@@ -65,11 +70,15 @@ class _GatedMLP(torch.autograd.Function):
             "backward",
             power_of_2,
         )
+        if dy_counters is not None:
+            dy_inverse = count_op([dy], dy_inverse, kind, dy_counters)
         grad = float8_matmul_op(dy_row, d_turned, dy_inverse, d_inverse, None, gate_up.dtype, fast[1])
         row, turned, gate_up_inverse, product = float8_gated_mlp_backward_op(
             grad, gate_up, gate_up_state, inverse, kind, product_kind, activation, True, learns, learns_down,  # noqa: FBT003
             power_of_2,
         )  # fmt: skip
+        if gate_up_counters is not None:
+            gate_up_inverse = count_op([row], gate_up_inverse, kind, gate_up_counters)
         grads: list[torch.Tensor | None] = [None] * 6
         if learns_down:
             grads[4] = float8_matmul_op(dy_turned, product, dy_inverse, inverse, None, ctx.dtypes[4], fast[2])
@@ -113,7 +122,9 @@ def float8_mlp(x: torch.Tensor, first: Site, last: Site, activation: str) -> tor
     products = (recipe.forward, recipe.input_gradient, recipe.weight_gradient)
     kinds = (recipe.dtype("input"), recipe.dtype("gradient"))
     options = (to, kinds, recipe.power_of_2, activation, role, tuple(p.fast for p in products))
-    states = (last.states.get("input"), first.states.get("gradient"), last.states.get("gradient"))
+    x8 = first.counted([rows], x8, "input")
+    places = ((last, "input"), (first, "gradient"), (last, "gradient"))
+    states = (*(s.states.get(o) for s, o in places), *(s.counters.get(o) for s, o in places))
     parameters = [p for layer in (gate, up, down) for p in (layer.weight, layer.bias)]
     y: torch.Tensor = _GatedMLP.apply(options, rows, (tuple(x8[:3]), tuple(w8[:3]), tuple(d8[:3])), states, *parameters)
     return y.view(*x.shape[:-1], y.shape[-1])

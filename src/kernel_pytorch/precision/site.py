@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from kernel_pytorch.ops.float8_cast import Float8Matrix, float8_cast, fresh_state
+from kernel_pytorch.ops.float8_cast.counting import count_op
 from kernel_pytorch.precision.recipes import Recipe
 
 __all__ = ["OPERANDS", "SLOT", "Place", "Site", "place_of", "site_of", "sites_of"]
@@ -32,6 +33,7 @@ class Site:
 
     Attributes:
         states: State of the delayed scale of `input`, `weight` and `gradient`; empty for recipes without.
+        counters: Where a monitor counts what casts of an operand lose; empty where nobody watches.
         pending: Results that the first layer's call left for the others: what they were computed from, and by layer.
     """
 
@@ -42,40 +44,95 @@ class Site:
         if recipe.delayed:
             device = layers[0].weight.device
             self.states = {operand: fresh_state(recipe.history, device) for operand in OPERANDS}
+        self.counters: dict[str, torch.Tensor] = {}
         self.pending: tuple[Any, list[torch.Tensor | None]] | None = None
         self._cached: tuple[Any, Float8Matrix] | None = None
+        self._held: Float8Matrix | None = None
+        self._cast_already = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave results and the cached weight out of copies and pickles: they are made again."""
-        return {**vars(self), "_cached": None, "pending": None}
+        return {**vars(self), "_cached": None, "_held": None, "counters": {}, "pending": None}
 
     def weight(self, weights: list[torch.Tensor], *, transposed: bool) -> Float8Matrix:
         """Return the weights in FP8, below each other; in eager code kept until a parameter changes.
 
-        That is once an optimizer step, however many micro-steps it has. Compiled code casts at every call: what a
-        graph reads must be its input, and the parameter is.
+        That is once an optimizer step, however many micro-steps it has. Compiled code casts at every call, for what a
+        graph reads must be its input, and the parameter is; unless the weight is held (`hold_weight`).
         """
-        role = "forward" if torch.is_grad_enabled() else "read"
         if torch.compiler.is_compiling():
-            return self._cast(weights, transposed=transposed, role=role)
-        key = tuple((w.data_ptr(), w._version, w.dtype, w.device) for w in weights)  # noqa: SLF001
+            return self._held if self._held is not None else self._cast(weights, transposed=transposed, role=_role())
+        key = _versions(weights)
+        role = _role()
         if self._cached is not None:
             known, cast = self._cached
             if known == key and (not transposed or cast.transposed.numel()):
                 return cast
+            if known == key:
+                role = "read"  # the scale has moved for this weight already
+        if self._held is not None:
+            self.hold_weight()
+            return self._held
+        if self._cast_already:
+            role, self._cast_already = "read", False
         cast = self._cast(weights, transposed=transposed, role=role)
         self._cached = (key, cast)
         return cast
 
     def forget_weight(self) -> None:
         """Free the cached weight; the next call casts it again."""
-        self._cached = None
+        self._cached = self._held = None
+
+    def hold_weight(self) -> None:
+        """Cast the weights now, into memory that stays the same: compiled code reads it until this is called again."""
+        weights = [layer.weight for layer in self.layers]
+        role = "read" if self._cast_already else "forward"
+        self._cast_already = False
+        cast = self._cast(weights, transposed=True, role=role)
+        if self._held is None:
+            self._held = cast
+        else:
+            for kept, fresh in zip(self._held, cast, strict=True):
+                kept.copy_(fresh)
+        self._cached = (_versions(weights), self._held)
+
+    @property
+    def weight_is_cast(self) -> bool:
+        """Whether the state of the weight's scale knows the weight as it is."""
+        return self._cast_already or (
+            self._cached is not None and self._cached[0] == _versions([layer.weight for layer in self.layers])
+        )
+
+    def resume(self, states: dict[str, torch.Tensor], *, weight_is_cast: bool) -> None:
+        """Take over states that were saved, into the memory of its own; `weight_is_cast` as it was then."""
+        for operand, state in states.items():
+            self.states[operand].copy_(state)
+        self._cached, self._cast_already = None, weight_is_cast and bool(states)
+        if self._held is not None:
+            self.hold_weight()
 
     def _cast(self, weights: list[torch.Tensor], *, transposed: bool, role: Any) -> Float8Matrix:
-        return float8_cast(
+        cast = float8_cast(
             weights, self.recipe.dtype("weight"), self.states.get("weight"), transposed=transposed, role=role,
             power_of_2=self.recipe.power_of_2, by_row=self.recipe.by_row,
         )  # fmt: skip
+        return self.counted(weights, cast, "weight")
+
+    def counted(self, xs: list[torch.Tensor], cast: Float8Matrix, operand: str) -> Float8Matrix:
+        """Return a cast whose factors come by way of a monitor's counters, where there is one."""
+        counters = self.counters.get(operand)
+        if counters is None or not cast.inverse.numel():
+            return cast
+        known: torch.Tensor = count_op([x.detach() for x in xs], cast.inverse, self.recipe.dtype(operand), counters)
+        return cast._replace(inverse=known, turned_inverse=cast.turned_inverse if self.recipe.by_row else known)
+
+
+def _role() -> Any:
+    return "forward" if torch.is_grad_enabled() else "read"
+
+
+def _versions(weights: list[torch.Tensor]) -> Any:
+    return tuple((w.data_ptr(), w._version, w.dtype, w.device) for w in weights)  # noqa: SLF001
 
 
 class Place(NamedTuple):

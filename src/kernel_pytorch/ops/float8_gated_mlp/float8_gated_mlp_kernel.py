@@ -390,7 +390,7 @@ def _case(kernel: object, label: str, *, backwards: bool, prepares: bool, state:
             signature[name] = what
         else:
             constants[name] = None
-    targets = None if prepares else FP8_TARGETS
+    targets: tuple[str, ...] | None = None if prepares else FP8_TARGETS
     if "PTX" in constants:
         targets = FP8_TARGETS_NVIDIA if ptx else FP8_TARGETS_AMD
     warps = _PREPARE_WARPS if prepares else _BACKWARD.warps if backwards else _FORWARD.warps
