@@ -88,10 +88,14 @@ def compare(q, k, cos, sin, **options) -> None:
         assert error(a, b) < ROUNDING[q.dtype]
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
+CASES = [(shape, torch.float32) for shape in AWKWARD] + [
+    (shape, dtype) for shape in ((2, 3, 1, 5, 8), (1, 5, 5, 7, 80)) for dtype in (torch.float16, torch.bfloat16)
+]
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
-@pytest.mark.parametrize("shape", AWKWARD)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_forward_and_backward(interpreter, shape, layout, interleaved, dtype) -> None:
     torch.manual_seed(sum(shape))
     batch, q_heads, k_heads, positions, d = shape

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+from tests.forks import run_interpreted
 from torch import nn
 
 from kernel_pytorch.core.program import begin, restore, ship
@@ -24,12 +23,7 @@ kernels = pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess of 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the subprocess")
 def test_kernels_under_the_interpreter() -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Module:
