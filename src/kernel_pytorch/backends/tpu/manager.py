@@ -40,6 +40,11 @@ class TPUHardwareManager:
         return load()
 
     @property
+    def lazy(self) -> bool:
+        """Whether work is recorded until the device is waited for: what is dropped before is never computed."""
+        return self.runtime.name == "torch_xla"
+
+    @property
     def spec(self) -> DeviceSpec:
         """The device, detected once a process and without its runtime."""
         return detect(f"tpu:{self._index}")
@@ -61,25 +66,32 @@ class TPUHardwareManager:
         """Run `fn` once; wall milliseconds from an idle device to an idle device, compilation included."""
         self.runtime.synchronize()
         start = time.perf_counter_ns()
-        fn()
+        held = fn()  # PyTorch/XLA computes what is alive when it synchronises, and nothing else
         self.runtime.synchronize()
+        del held
         return (time.perf_counter_ns() - start) / 1e6
 
     def peak_bytes(self, fn: Callable[[], Any]) -> int | None:
         """Run `fn` once; bytes above what was held before. Emulated: of the process, whose memory the device is."""
         if self.runtime.emulated:
             self.runtime.synchronize()
-            return memory.peak_bytes(lambda: (fn(), self.runtime.synchronize()))
+            return memory.peak_bytes(lambda: self._run(fn))
         gc.collect()
         self.runtime.synchronize()
         self.runtime.reset_peak()
         before = self.runtime.memory()
-        fn()
+        held = fn()
         self.runtime.synchronize()
+        del held
         after = self.runtime.memory()
         if before is None or after is None or not after.peak_bytes:
             return None
         return max(0, after.peak_bytes - before.held_bytes)
+
+    def _run(self, fn: Callable[[], Any]) -> None:
+        held = fn()
+        self.runtime.synchronize()
+        del held
 
     def telemetry(self) -> Mapping[str, float]:
         """Return nothing: clocks and power of a TPU are read from its host's monitoring, not from a process."""

@@ -131,7 +131,7 @@ def load_torch_xla(found: Installed) -> TorchXla:
         os.environ["PJRT_DEVICE"] = "CPU" if found.emulated else "TPU"
     try:
         runtime = TorchXla(found)
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         raise KptError(
             f"torch_xla {found.version} cannot be loaded: {str(error).strip().splitlines()[0]}",
             fix="make test-tpu builds an environment where it works; docs/tpu.md tells how to move to torch_tpu",
