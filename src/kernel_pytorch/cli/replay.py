@@ -78,11 +78,12 @@ def _replay(
     from kernel_pytorch.catalog import apply_candidate
     from kernel_pytorch.core.describe import check_model as check_sanity
     from kernel_pytorch.core.targets import load_target
+    from kernel_pytorch.guard.check import here
     from kernel_pytorch.plan.apply import check_device, check_model, load_compiled
     from kernel_pytorch.search.bench import build, prepare_bench
     from kernel_pytorch.search.trial import TrialRequest, run_trial
 
-    manager = manager_for()
+    manager = manager_for(here(plan).vendor)
     check_device(plan, manager.spec)
     workload = load_target(target, trust_remote_code=config.trust_remote_code)
     bench = prepare_bench(workload, config, manager, seed=config.seed)

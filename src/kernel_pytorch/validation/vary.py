@@ -95,7 +95,7 @@ def _is_mask(value: torch.Tensor) -> bool:
     if not bool(value.isfinite().all()) or value.abs().max() > 1e30:
         return True
     head = value.flatten()[:65536]
-    distinct = int(head.unique().numel())  # type: ignore[no-untyped-call]
+    distinct = int(head.cpu().unique().numel())  # type: ignore[no-untyped-call]
     return 1 < distinct <= _FEW and value.numel() > 2 * distinct
 
 
@@ -141,7 +141,8 @@ def redrawn(call: Call, seed: int) -> Call:
             return near.requires_grad_(leaf.requires_grad)
         if plain.dim() == 0 or _is_ordered(plain):
             return leaf
-        values = plain.unique()  # type: ignore[no-untyped-call]
+        # On the host: torch_tpu 0.2.0's own corrupts memory over a CPU plugin.
+        values = plain.cpu().unique().to(plain.device)  # type: ignore[no-untyped-call]
         if values.numel() > _FEW and plain.dim() > 1:
             first = plain[:, :1]
             pick = torch.randint(values.numel(), plain.shape, generator=generator)

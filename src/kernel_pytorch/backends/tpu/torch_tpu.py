@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kernel_pytorch.backends.tpu import plugin
+from kernel_pytorch.backends.tpu import packages, plugin
 from kernel_pytorch.backends.tpu.runtimes import Memory
 from kernel_pytorch.errors import KptError
 from kernel_pytorch.hardware.tpu.installed import Installed
@@ -24,8 +24,6 @@ from kernel_pytorch.hardware.tpu.installed import Installed
 __all__ = ["TorchTpu", "load_torch_tpu"]
 
 log = logging.getLogger(__name__)
-
-_LEAST_TORCH, _MOST_TORCH = (2, 11), (2, 15)
 
 
 class TorchTpu:
@@ -80,14 +78,12 @@ def load_torch_tpu(found: Installed) -> TorchTpu:
     """Import `torch_tpu` by hand, and initialise its device.
 
     Raises:
-        KptError: This torch is none it is built for, or it cannot be imported.
+        KptError: What is installed does not go together (`packages`), or it cannot be imported.
     """
-    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if not _LEAST_TORCH <= release <= _MOST_TORCH:
-        raise KptError(
-            f"torch_tpu {found.version} is built for torch 2.11 to 2.15, and this is {torch.__version__}",
-            fix="pip install 'torch>=2.11,<2.16'",
-        )
+    use = packages.Use.EMULATION if found.emulated else packages.Use.TORCH_TPU
+    for problem in packages.problems():
+        if use in problem.blocks:
+            raise KptError(problem.reason, fix=problem.fix)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its C++ side tells of every client and cache on stderr
     if found.emulated:
         os.environ.update(plugin.environment())
@@ -97,10 +93,9 @@ def load_torch_tpu(found: Installed) -> TorchTpu:
             warnings.simplefilter("ignore")  # of its imports: what warns there is not the user's to mend
             _initialise(emulated=found.emulated)
     except (ImportError, RuntimeError) as error:
-        raise KptError(
-            f"torch_tpu {found.version} cannot be loaded: {str(error).strip().splitlines()[0]}",
-            fix="see the version traps in docs/tpu.md",
-        ) from error
+        pins = " ".join(f"{name}=={packages.PINS[name]}" for name in ("torch", "torch_tpu", "libtpu"))
+        reason = f"torch_tpu {found.version} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        raise KptError(reason, fix=f"pip install {pins}") from error
     for line in said.getvalue().splitlines():
         log.debug("torch_tpu: %s", line)
     return TorchTpu(found)
@@ -121,8 +116,8 @@ def _initialise(*, emulated: bool) -> None:
         hardware._scan_pci_tpus = lambda: (1, {1: "1,1,1"})  # noqa: SLF001
     _loader.load()
     if emulated:  # SDPA would be a Mosaic kernel, which only a chip runs: here it is plain operators
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.enable_flash_sdp(enabled=False)
+        torch.backends.cuda.enable_mem_efficient_sdp(enabled=False)
+        torch.backends.cuda.enable_cudnn_sdp(enabled=False)
     if not torch.accelerator.is_available():
         raise RuntimeError("it finds no TPU device")
