@@ -88,8 +88,13 @@ def compile_lowered(
         AheadError: The child died or took too long.
         KptError: The compiler is not installed, or refuses the program.
     """
-    request = (lowered.stablehlo, topology, partitions, argument_shardings, dump)
-    compiled: Compiled = _in_child(_COMPILE, pickle.dumps(request), timeout_s)
+    options = {
+        "partitions": partitions,
+        "argument_shardings": argument_shardings,
+        "dump": dump,
+        "names": [argument.name for argument in lowered.arguments],
+    }
+    compiled: Compiled = _in_child(_COMPILE, pickle.dumps((lowered.stablehlo, topology, options)), timeout_s)
     return compiled
 
 

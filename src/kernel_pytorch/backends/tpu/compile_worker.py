@@ -12,8 +12,8 @@ def work(request: bytes) -> object:
     """Return the `Compiled` form of a pickled request."""
     from kernel_pytorch.backends.tpu.compiler import compile_ahead
 
-    stablehlo, topology, partitions, shardings, dump = pickle.loads(request)  # noqa: S301  written by our own parent
-    return compile_ahead(stablehlo, topology, partitions=partitions, argument_shardings=shardings, dump=dump)
+    stablehlo, topology, options = pickle.loads(request)  # noqa: S301  written by our own parent
+    return compile_ahead(stablehlo, topology, **options)
 
 
 if __name__ == "__main__":

@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from kernel_pytorch.backends.tpu.buffers import Assignment, Buffer, read_assignment, read_refusal
 from kernel_pytorch.backends.tpu.topology import Topology
 from kernel_pytorch.errors import KptError
 
-__all__ = ["Buffer", "Compiled", "CompilerMissingError", "compile_ahead"]
+__all__ = ["Compiled", "CompilerMissingError", "compile_ahead"]
 
 _INSTALL = "pip install 'jax==0.10.2' 'libtpu==0.0.52'"
 
 
 class CompilerMissingError(KptError):
     """jax or libtpu is not installed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Buffer:
-    """One allocation of the compiled program.
-
-    Attributes:
-        name: The instruction that made it, or the argument's.
-        bytes: With the padding of its layout.
-        shape: As the compiler writes it, e.g. `bf16[8,12,1024,1024]`.
-        source: Where its instruction comes from: the location's file, or the operator; empty where unknown.
-        kind: `argument`, `output` or `temporary`.
-    """
-
-    name: str
-    bytes: int
-    shape: str = ""
-    source: str = ""
-    kind: str = "temporary"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +34,9 @@ class Compiled:
         flops: The compiler's own count: the body of a loop once, Mosaic kernels by their own estimate.
         collectives: Bytes of results by kind (`all-reduce`, ...), and `collective_counts` how many.
         seconds: Time of compilation.
-        buffers: The largest, largest first.
+        buffers: What lies in HBM at the peak, arguments first, each largest first; where it does not fit, the largest
+            that the compiler lists. Empty without a dump.
+        assigned_bytes: HBM of the compiler's buffer assignment: arguments, heap and results; 0 without a dump.
     """
 
     topology: str
@@ -68,6 +54,7 @@ class Compiled:
     collective_counts: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     buffers: tuple[Buffer, ...] = ()
+    assigned_bytes: int = 0
     software: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -78,6 +65,7 @@ def compile_ahead(
     partitions: int = 1,
     argument_shardings: Sequence[str] | None = None,
     dump: bool = False,
+    names: Sequence[str] = (),
 ) -> Compiled:
     """Compile a program for a slice, without one.
 
@@ -88,7 +76,8 @@ def compile_ahead(
         topology: The slice.
         partitions: Devices that the program is partitioned over; each gets its shard.
         argument_shardings: One `mhlo.sharding` string an argument, e.g. `{devices=[4,1]<=[4]}` or `{replicated}`.
-        dump: Read the buffers' list out of the compiler's dump (slower).
+        dump: Read the buffers out of the compiler's dump.
+        names: Names of the arguments, for the buffers.
 
     Raises:
         CompilerMissingError: jax or libtpu is absent, with the command that installs them.
@@ -107,16 +96,20 @@ def compile_ahead(
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology.compiler_name)
     devices = described.devices[:partitions]
     options = _options(xla_client, partitions)
-    began = time.perf_counter()
-    with _context():
+    with tempfile.TemporaryDirectory(prefix="kpt-dump-") as scratch, _context():
+        if dump:
+            options.env_option_overrides = [("xla_dump_to", scratch)]
         module = _parse(stablehlo)
         if argument_shardings is not None:
             _shard(module, argument_shardings)
+        began = time.perf_counter()
         try:
             executable = devices[0].client.compile(module, xla_client.DeviceList(tuple(devices)), options)
         except jax.errors.JaxRuntimeError as error:
             return _refused(error, topology, time.perf_counter() - began)
-    return _read(executable, topology, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        assignment = read_assignment(Path(scratch), names) if dump else Assignment(0, 0, 0)
+    return _read(executable, topology, seconds, assignment)
 
 
 def _context() -> Any:
@@ -165,10 +158,17 @@ def _refused(error: Exception, topology: Topology, seconds: float) -> Compiled:
     said = str(error)
     if "RESOURCE_EXHAUSTED" not in said and "Ran out of memory" not in said:
         raise KptError(f"the TPU compiler refuses the program: {said.splitlines()[0]}") from error
-    return Compiled(topology.name, fits=False, message=said.strip(), seconds=seconds, software=_software())
+    return Compiled(
+        topology.name,
+        fits=False,
+        message=said.strip(),
+        seconds=seconds,
+        buffers=read_refusal(said),
+        software=_software(),
+    )
 
 
-def _read(executable: Any, topology: Topology, seconds: float) -> Compiled:
+def _read(executable: Any, topology: Topology, seconds: float, assignment: Assignment) -> Compiled:
     memory = executable.get_compiled_memory_stats()
     cost = executable.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
@@ -188,6 +188,8 @@ def _read(executable: Any, topology: Topology, seconds: float) -> Compiled:
         collectives=moved,
         collective_counts=counts,
         seconds=seconds,
+        buffers=assignment.peak,
+        assigned_bytes=assignment.bytes,
         software=_software(),
     )
 

@@ -2,8 +2,8 @@
 
 The lowering replays the graph in torch_tpu's deferred mode and asks for the program alone (`build_mlir`), so that
 Mosaic kernels, which only a TPU's compiler takes, are no obstacle. Every operation is named `MODULE/NODE`: torch_tpu
-takes locations from Python's stack, so each node runs in a frame that bears its name. The compiler keeps these names, so
-its buffers find their modules again.
+takes locations from Python's stack, so each node runs in a frame that bears its name. The compiler keeps these names,
+so its buffers find their modules again.
 """
 
 from __future__ import annotations

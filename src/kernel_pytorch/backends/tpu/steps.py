@@ -1,8 +1,8 @@
 """A whole training step, or a forward, of a plain PyTorch program as one graph; nothing is executed.
 
 Forward, backward and the user's own optimizer run on fake tensors of the device (shapes and dtypes without memory)
-while `make_fx` records the aten operators. In-place updates are made functional as AOTAutograd does it, so that what the
-step changes are results of the graph: new parameters, buffers and optimizer state.
+while `make_fx` records the aten operators. In-place updates are made functional as AOTAutograd does it, so that what
+the step changes are results of the graph: new parameters, buffers and optimizer state.
 """
 
 from __future__ import annotations

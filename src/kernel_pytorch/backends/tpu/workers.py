@@ -19,6 +19,7 @@ def serve(work: Callable[[bytes], Any]) -> None:
 
     A `KptError` travels as it is; anything else that Python raises becomes one, with its traceback.
     """
+    _die_with_parent()
     request, answer = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2])
     try:
         result = work(request)
@@ -31,3 +32,16 @@ def serve(work: Callable[[bytes], Any]) -> None:
     partial.write_bytes(pickle.dumps(result))
     partial.rename(answer)
     sys.stdout.flush()
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process when its parent ends: a compilation may go on for many minutes."""
+    import ctypes
+    import signal
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "prctl"):
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+_PR_SET_PDEATHSIG = 1
