@@ -3,12 +3,16 @@
 from kernel_pytorch.precision.convert import convert, report, restore
 from kernel_pytorch.precision.fallback import fall_back
 from kernel_pytorch.precision.linear import Float8Linear, swap_linears
+from kernel_pytorch.precision.monitor import Bounds, Float8FallbackWarning, Monitor
 from kernel_pytorch.precision.recipes import RECIPES, Recipe, Scaling
 from kernel_pytorch.precision.state import hold_weights, load_state, state
 
 __all__ = [
     "RECIPES",
+    "Bounds",
+    "Float8FallbackWarning",
     "Float8Linear",
+    "Monitor",
     "Recipe",
     "Scaling",
     "convert",

@@ -47,12 +47,16 @@ def counting(counters: torch.Tensor) -> bool:
 def _count(xs: list[torch.Tensor], inverse: torch.Tensor, dtype: torch.dtype, counters: torch.Tensor) -> torch.Tensor:
     if not counting(counters):
         return inverse.clone()
+    # Without a version: sums that grow are no change of what a backward will read.
+    counters = counters.data
     limit = torch.finfo(dtype).max
-    for x in xs:
+    # Factors by row: of matrices below each other one after the other, of matrices side by side the same for each.
+    by_row, stacked = inverse.dim() == 2, len(inverse) == sum(len(x) for x in xs)
+    firsts = [sum(len(x) for x in xs[:i]) if stacked else 0 for i in range(len(xs))]
+    for x, first in zip(xs, firsts, strict=True):
         for start in range(0, len(x), _ROWS_AT_ONCE):
             part = x[start : start + _ROWS_AT_ONCE]
-            by_row = inverse.dim() == 2
-            back = inverse[start : start + _ROWS_AT_ONCE] if by_row else inverse
+            back = inverse[first + start : first + start + len(part)] if by_row else inverse
             if part.dtype is dtype:
                 # What the kernel that made it read is not there: the limit itself counts as saturated, a zero as lost.
                 size = part.to(torch.float32).abs()
