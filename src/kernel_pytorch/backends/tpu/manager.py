@@ -66,9 +66,7 @@ class TPUHardwareManager:
         """Run `fn` once; wall milliseconds from an idle device to an idle device, compilation included."""
         self.runtime.synchronize()
         start = time.perf_counter_ns()
-        held = fn()  # PyTorch/XLA computes what is alive when it synchronises, and nothing else
-        self.runtime.synchronize()
-        del held
+        self._run(fn)
         return (time.perf_counter_ns() - start) / 1e6
 
     def peak_bytes(self, fn: Callable[[], Any]) -> int | None:
@@ -80,16 +78,14 @@ class TPUHardwareManager:
         self.runtime.synchronize()
         self.runtime.reset_peak()
         before = self.runtime.memory()
-        held = fn()
-        self.runtime.synchronize()
-        del held
+        self._run(fn)
         after = self.runtime.memory()
         if before is None or after is None or not after.peak_bytes:
             return None
         return max(0, after.peak_bytes - before.held_bytes)
 
     def _run(self, fn: Callable[[], Any]) -> None:
-        held = fn()
+        held = fn()  # PyTorch/XLA computes what is alive when it synchronises, and nothing else
         self.runtime.synchronize()
         del held
 
