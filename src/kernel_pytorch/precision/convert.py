@@ -26,7 +26,7 @@ from kernel_pytorch.precision.mlp import fusible, restore_mlp, swap_mlp
 from kernel_pytorch.precision.observe import Seen, alike, observe
 from kernel_pytorch.precision.recipes import RECIPES, Recipe, recipe_named
 
-__all__ = ["LayerReport", "Report", "convert", "report", "restore", "swap_model", "undo"]
+__all__ = ["LayerReport", "Report", "convert", "report", "restore", "swap_model", "swapped", "undo"]
 
 _REPORT = "_float8_report"
 _AUTO = ("tensorwise_delayed", "tensorwise_current", "rowwise")
@@ -127,12 +127,17 @@ def convert(
         InputsError: An unknown recipe.
         ModelError: The model is converted already.
     """
-    if _REPORT in vars(model):
+    if swapped(model):
         raise ModelError("the model is in FP8 already", fix="kp.precision.restore(model) first")
     call = None if example_inputs is None else as_call(example_inputs)
     found = swap_model(model, recipe, run=model, call=call, tokens=tokens, allow_head=allow_lm_head, exclude=exclude)
     setattr(model, _REPORT, found)
     return model
+
+
+def swapped(model: nn.Module) -> bool:
+    """Return whether a model was converted."""
+    return _REPORT in vars(model)
 
 
 def report(model: nn.Module) -> Report:

@@ -30,7 +30,7 @@ from kernel_pytorch.precision.fallback import fall_back
 from kernel_pytorch.precision.site import OPERANDS
 from kernel_pytorch.precision.state import named_sites
 
-__all__ = ["Bounds", "Float8FallbackWarning", "Monitor", "Reading"]
+__all__ = ["DEFAULT_BOUNDS", "Bounds", "Float8FallbackWarning", "Monitor", "Reading"]
 
 
 class Float8FallbackWarning(UserWarning):
@@ -64,6 +64,9 @@ class Bounds:
             if share > bound:
                 return f"{share:.2%} of the {reading.operand} {what} (bound {bound:.2%})"
         return ""
+
+
+DEFAULT_BOUNDS = Bounds()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,7 @@ class Monitor:
         model: nn.Module,
         *,
         every: int = 16,
-        bounds: Bounds | None = Bounds(),
+        bounds: Bounds | None = DEFAULT_BOUNDS,
         write_to: str | Path | None = None,
         on_reading: Callable[[Reading], None] | None = None,
     ) -> None:
