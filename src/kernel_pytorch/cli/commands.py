@@ -261,6 +261,35 @@ def optimize(**options: Any) -> int:
     return run(**options)
 
 
+@kpt.command(epilog=TARGET_HELP)
+@_target
+@_mode
+@click.option(
+    "--topology", metavar="SLICE", help="TPU slice to compile for, e.g. v5e:4x4; v5e:1 is one chip. Needs no TPU."
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "tpu", "cuda", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="`auto` is tpu with --topology, else the machine's best.",
+)
+@click.option("--batch", type=int, metavar="N", help="Size of the inputs' first dimension; TARGET's own by default.")
+@click.option("--find-max-batch", is_flag=True, help="Find the largest batch that fits.")
+@click.option("-o", "--output", metavar="FILE", help="Also write the answer as an HTML page.")
+@_trust_code
+@_format
+def fit(**options: Any) -> int:
+    """Tell whether a step of TARGET fits, which modules hold the memory, and what it costs.
+
+    For a TPU the real compiler answers, without a TPU; CUDA and CPU are measured where they are, else estimated.
+    Exits 1 where it does not fit.
+    """
+    from kernel_pytorch.cli.fit import fit as run
+
+    return run(**options)
+
+
 @kpt.command()
 @_plan
 @_format

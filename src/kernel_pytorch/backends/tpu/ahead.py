@@ -54,6 +54,11 @@ class Lowered:
     flops_by_operator: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
+    @property
+    def batch(self) -> int:
+        """First dimension of the first input that has one; 0 where none has."""
+        return next((a.shape[0] for a in self.arguments if a.role == "batch" and a.shape), 0)
+
 
 def lower_program(build: Callable[[], tuple[Program, Any]], *, timeout_s: float = LOWER_LIMIT_S) -> Lowered:
     """Trace and lower a program in a child.

@@ -83,7 +83,10 @@ _VALUE = re.compile(r"^ value: <\d+ (\S+?)(\{[^}]*\})? @\d+> \(size=(\d+),offset
 _COLOR = re.compile(r"color (\d+)")
 _PARAMETER = re.compile(r"parameter (\d+)")
 _RANGE = re.compile(r"^    (\S+?)\{([^}]*)\}:(\d+)-(\d+)$")
-_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*op_name="([^"]*)"')
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = ")
+_OPERATION = re.compile(r'op_name="([^"]*)"')
+_OPERAND = re.compile(r"\(%([^\s,)]+)")
+_ARGUMENT = re.compile(r"Arg_(\d+)\.")
 
 
 def read_assignment(directory: Path, names: Sequence[str] = ()) -> Assignment:
@@ -98,7 +101,7 @@ def read_assignment(directory: Path, names: Sequence[str] = ()) -> Assignment:
     arguments = [a for a in hbm if a.parameter is not None]
     heaps = [a for a in hbm if a.kind == "heap"]
     outputs = [a for a in hbm if a.kind == "output"]
-    sources = _sources(_one(directory, "after_optimizations.txt"))
+    sources = _sources(_one(directory, "after_optimizations.txt"), names)
     ranges = _ranges(_one(directory, "after_optimizations-live-range.txt"))
     held = [
         Buffer(v.instruction, v.bytes, _shape(v.shape), sources.get(v.instruction, ""))
@@ -147,10 +150,25 @@ def _allocation(size: int, said: str) -> _Allocation:
     return _Allocation(size, int(color[1]) if color else 0, int(parameter[1]) if parameter else None, kind)
 
 
-def _sources(path: Path) -> dict[str, str]:
-    """Return the name that the lowering gave, by instruction."""
+def _sources(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the name that the lowering gave, by instruction.
+
+    What the compiler added itself (a copy between memories, say) has that of its first operand; of an argument it is
+    `ARGUMENT/copy`.
+    """
+    sources: dict[str, str] = {}
     with path.open(encoding="utf-8", errors="replace") as lines:
-        return {match[1]: match[2] for line in lines if (match := _INSTRUCTION.match(line))}
+        for line in lines:
+            if (match := _INSTRUCTION.match(line)) is None:
+                continue
+            operand = _OPERAND.search(line)
+            if named := _OPERATION.search(line):
+                sources[match[1]] = named[1]
+            elif operand and (argument := _ARGUMENT.match(operand[1])):
+                sources[match[1]] = f"{_named(int(argument[1]), names)}/copy"
+            elif operand and (source := sources.get(operand[1])):
+                sources[match[1]] = source
+    return sources
 
 
 def _ranges(path: Path) -> dict[tuple[str, str], tuple[int, int]]:
@@ -187,7 +205,7 @@ def _at_peak(values: Sequence[_Value], ranges: dict[tuple[str, str], tuple[int, 
 
 def _shape(text: str) -> str:
     """Return `bf16[8,1024]` of `bf16[8,1024]{1,0:T(8,128)}`."""
-    return text.partition("{")[0]
+    return text.partition("{")[0].lstrip("(")
 
 
 def _named(parameter: int | None, names: Sequence[str]) -> str:

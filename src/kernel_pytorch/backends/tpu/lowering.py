@@ -132,17 +132,17 @@ def _name(text: str, step: StepGraph) -> str:
 
 def _donate(text: str, step: StepGraph) -> str:
     """Say of each argument that the step replaces which result takes its memory."""
-    start = text.index("@main(")
-    head, tail = text[:start], text[start:]
-    end = tail.index("->")
-    signature = tail[:end]
-    for i, argument in enumerate(step.arguments):
-        if argument.output is None:
-            continue
-        pattern = re.compile(rf"(%arg{i}: tensor<[^>]*>)( \{{)?")
-        signature = pattern.sub(
-            lambda m, k=argument.output: f"{m[1]} {{tf.aliasing_output = {k} : i32" + (", " if m[2] else "}"),
-            signature,
-            count=1,
-        )
-    return head + signature + tail[end:]
+    head, opening, tail = text.partition("@main(")
+    signature, arrow, rest = tail.partition("->")
+    outputs = {f"%arg{i}": argument.output for i, argument in enumerate(step.arguments)}
+
+    def donated(match: re.Match[str]) -> str:
+        output = outputs.get(match[1])
+        if output is None:
+            return match[0]
+        return f"{match[1]}: {match[2]} {{tf.aliasing_output = {output} : i32" + (", " if match[3] else "}")
+
+    return head + opening + _ARGUMENT.sub(donated, signature) + arrow + rest
+
+
+_ARGUMENT = re.compile(r"(%arg\d+): (tensor<[^>]*>)( \{)?")

@@ -262,7 +262,8 @@ class _State:
                 if wants:
                     tensor.requires_grad_()
                 for module, key in places:
-                    members = module._parameters if key in module._parameters else module._buffers  # noqa: SLF001
+                    parameters: dict[str, Any] = module._parameters  # noqa: SLF001
+                    members = parameters if key in parameters else module._buffers  # noqa: SLF001
                     before.append((members, key, members[key]))
                     members[key] = tensor
             if self.program.call != plain_call(model):

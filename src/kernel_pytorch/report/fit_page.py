@@ -1,0 +1,116 @@
+"""An answer of `kpt fit` as a section for an HTML report, and as a page of its own that loads nothing else."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from kernel_pytorch.fit.outcome import Fit, How
+from kernel_pytorch.report import figures
+from kernel_pytorch.report.fit import headline, largest_buffers
+
+__all__ = ["fit_section", "fit_styles", "write_fit_page"]
+
+_HUES = {"parameters": "chosen", "optimizer": "failed", "buffers": "base", "batch": "slow", "temporaries": "ok"}
+_SHOWN = 20
+_HOW = {
+    How.COMPILED: "What the compiler of the device assigned for one device; compiled here, without the device.",
+    How.MEASURED: "Measured on the device.",
+    How.ESTIMATED: "Estimated from the traced graph, as eager PyTorch would hold it.",
+}
+
+
+def write_fit_page(fit: Fit, path: Path) -> None:
+    """Write an answer as one HTML file.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    style = (files("kernel_pytorch.report") / "templates" / "report.css").read_text("utf-8")
+    text = (
+        _environment()
+        .get_template("fit.html.j2")
+        .render(
+            style=Markup(style) + fit_styles(),  # noqa: S704  the package's own files
+            headline=headline(fit),
+            name=fit.name,
+            mode=fit.mode.value,
+            place=fit.place,
+            **_context(fit),
+        )
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def fit_section(fit: Fit) -> Markup:
+    """Return the section alone, for a report whose style has `fit_styles`."""
+    return Markup(_environment().get_template("fit_section.html.j2").render(**_context(fit)))  # noqa: S704  escaped
+
+
+def fit_styles() -> Markup:
+    """Return the style of the section."""
+    return Markup((files("kernel_pytorch.report") / "templates" / "fit.css").read_text("utf-8"))  # noqa: S704
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("kernel_pytorch.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _context(fit: Fit) -> dict[str, Any]:
+    used = sum(fit.parts.values())
+    whole = max(fit.capacity_bytes, used, fit.needed_bytes, 1)
+    bar = [
+        {"name": name, "size": figures.size(size), "width": round(100 * size / whole, 3), "hue": _HUES[name]}
+        for name, size in fit.parts.items()
+    ]
+    return {
+        "title": "Does it fit",
+        "caption": _HOW[fit.how],
+        "bar": bar,
+        "bar_label": ", ".join(f"{part['name']} {part['size']}" for part in bar),
+        "limit": round(100 * fit.capacity_bytes / whole, 3) if fit.capacity_bytes else None,
+        "capacity": figures.size(fit.capacity_bytes),
+        "message": fit.message,
+        "cards": _cards(fit),
+        "modules": [
+            {"module": m.module, "size": figures.size(m.bytes), "buffers": m.buffers} for m in fit.modules[:_SHOWN]
+        ],
+        "buffers": [
+            {
+                "size": figures.size(b.bytes),
+                "shape": b.shape,
+                "made": f"{b.name} (argument)" if b.kind == "argument" else b.source or b.name,
+            }
+            for b in largest_buffers(fit)[:_SHOWN]
+        ],
+        "notes": fit.notes,
+    }
+
+
+def _cards(fit: Fit) -> list[dict[str, str]]:
+    device = (
+        "of one device" if fit.chips > 1 else f"of {figures.size(fit.capacity_bytes)}" if fit.capacity_bytes else ""
+    )
+    peak = fit.peak_bytes or fit.needed_bytes
+    cards = [{"title": "Peak memory", "value": figures.size(peak) if peak else "unknown", "note": device}]
+    if fit.flops:
+        cards.append({"title": "Work", "value": figures.count(fit.flops, "FLOP"), "note": "by PyTorch's own formulas"})
+    if fit.bytes_accessed:
+        cards.append({"title": "Memory accessed", "value": figures.size(fit.bytes_accessed), "note": "in one step"})
+    if fit.collectives:
+        kinds = ", ".join(fit.collectives)
+        cards.append({"title": "Collectives", "value": figures.size(sum(fit.collectives.values())), "note": kinds})
+    if (prediction := fit.prediction) is not None:
+        note = f"{prediction.label}; bound by {prediction.bound}, MFU at most {figures.percent(prediction.mfu)}"
+        cards.append({"title": "Step time", "value": figures.seconds(prediction.step_s), "note": note})
+    return cards
