@@ -22,7 +22,7 @@ from kernel_pytorch.transforms.traceable import refuse_untraceable
 from kernel_pytorch.transforms.trees import map_tensors
 from kernel_pytorch.transforms.weights_watch import WeightsWatch
 
-__all__ = ["Compile", "backend_of", "compiled", "entry_point", "needs_compiler"]
+__all__ = ["Compile", "backend_of", "compiled", "contiguous_inputs", "entry_point", "needs_compiler"]
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
@@ -91,6 +91,16 @@ def own_outputs(inner: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def contiguous_inputs(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `inner` on inputs without gaps: torch_tpu 0.2.0 compiles a backward that cannot read a saved view."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = map_tensors((args, kwargs), lambda t: t.contiguous())
+        return inner(*args, **kwargs)
+
+    return run
+
+
 class _Refrozen:
     """A frozen call that compiles again when the weights it holds as constants have changed."""
 
@@ -125,6 +135,8 @@ def compiled(program: Program, inner: Callable[..., Any], step: Step) -> Callabl
         optimized = torch.compile(entry_point(inner), **arguments)
     if _uses_cuda_graphs(step, program.model):
         optimized = own_outputs(optimized)
+    if step.params.get("backend"):
+        optimized = contiguous_inputs(optimized)
     return Watched(optimized, program.notes, program.model)
 
 
@@ -260,6 +272,9 @@ class Compile:
         if step.params.get("mode") in _CUDA_GRAPHS:
             functions += [map_tensors, own_outputs]
             then += "\nif next(model.parameters()).is_cuda:\n    call = own_outputs(call)"
+        if step.params.get("backend"):
+            functions += [map_tensors, contiguous_inputs]
+            then += "\ncall = contiguous_inputs(call)"
         return plain_source(*functions, then=then)
 
 

@@ -13,7 +13,7 @@ from kernel_pytorch.core.program import plain_call
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
-from kernel_pytorch.transforms.compile import Compile, backend_of, entry_point, needs_compiler
+from kernel_pytorch.transforms.compile import Compile, backend_of, contiguous_inputs, entry_point, needs_compiler
 from kernel_pytorch.transforms.graph_report import Watched
 from kernel_pytorch.transforms.plain_source import plain_source
 from kernel_pytorch.transforms.traceable import refuse_untraceable
@@ -67,7 +67,9 @@ class RegionalCompile:
         for block in blocks:
             before = block._compiled_call_impl  # noqa: SLF001
             program.undo.append(lambda block=block, before=before: _set_call(block, before))  # type: ignore[misc]
-            _set_call(block, Watched(_bound(call, block), program.notes, block))
+            bound = _bound(call, block)
+            bound = contiguous_inputs(bound) if step.params.get("backend") else bound
+            _set_call(block, Watched(bound, program.notes, block))
         program.dynamic = False
         return program
 

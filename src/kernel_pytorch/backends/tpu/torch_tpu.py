@@ -121,3 +121,22 @@ def _initialise(*, emulated: bool) -> None:
         torch.backends.cuda.enable_cudnn_sdp(enabled=False)
     if not torch.accelerator.is_available():
         raise RuntimeError("it finds no TPU device")
+    _check_autograd()
+
+
+def _check_autograd() -> None:
+    """Refuse a process whose autograd began before there was a TPU: it has no queue for one (seen with torch 2.13).
+
+    Raises:
+        KptError: A backward ran before.
+    """
+    one = torch.zeros((), device="tpu", requires_grad=True)
+    try:
+        (one + 1.0).backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if "device_ready_queues_" not in str(error):
+            raise
+        raise KptError(
+            "a backward has run in this process before the TPU's runtime was loaded, and autograd does not learn of it",
+            fix="load it first: kernel_pytorch.backends.manager_for('tpu').synchronize(), or use a fresh process",
+        ) from error
