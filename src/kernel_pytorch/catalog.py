@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+from kernel_pytorch.advanced_memory.chunked_head import ChunkedHead
+from kernel_pytorch.advanced_memory.recompute_blocks import RecomputeBlocks
+from kernel_pytorch.advanced_memory.shard import Shard
 from kernel_pytorch.core.protocols import Program, Transform
 from kernel_pytorch.core.types import Candidate
 from kernel_pytorch.errors import CandidateError
@@ -46,6 +49,9 @@ TRANSFORMS: tuple[Transform, ...] = (
     Float8(),
     LinearAlgorithm(),
     LossHead(),
+    ChunkedHead(),
+    RecomputeBlocks(),
+    Shard(),
     Prepack(),
     Int8Eager(),
     Quantize("int8_dynamic"),

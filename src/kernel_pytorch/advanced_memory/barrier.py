@@ -32,9 +32,9 @@ def hold_apart(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def _of_pytorch_xla(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """PyTorch/XLA's barrier writes in place, to a list: it gets aliases of its own."""
-    import torch_xla
+    import torch_xla  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     backend: Any = torch_xla._XLAC  # noqa: SLF001
     held = [t.view_as(t) for t in tensors]
-    backend._xla_optimization_barrier_(held)  # noqa: SLF001
+    backend._xla_optimization_barrier_(held)
     return held

@@ -1,8 +1,9 @@
+# mypy: disable-error-code="no-untyped-call"
 """The cross-entropy of a linear layer's logits, chunk by chunk of rows, in plain PyTorch: for compilers of whole steps.
 
-Where Triton runs, `ops/linear_cross_entropy` does the same with a kernel. Here each chunk's logits, losses and gradients
-are made one after the other, with a barrier between, so that a compiler keeps one chunk alive at a time. Gradients are
-computed in the forward, while the logits are there: three matrix products in all, as without chunks.
+Where Triton runs, `ops/linear_cross_entropy` does the same with a kernel. Here the logits, losses and gradients of one
+chunk after the other are made, with a barrier between, so that a compiler keeps one chunk alive at a time. Gradients
+are computed in the forward, while the logits are there: three matrix products in all, as without chunks.
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call"
 """Finds, while a loss runs, the linear layer whose logits a cross-entropy takes, and computes both chunk by chunk.
 
 By behaviour, not by model: results of linear layers are followed through casts, views and slices of rows until a
@@ -65,7 +66,7 @@ class ChunkedLogits(TorchFunctionMode):
         self._logits.clear()
         self._turned.clear()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         kwargs = kwargs or {}
         if func is functional.cross_entropy:
@@ -137,7 +138,7 @@ def _unfit(known: _Logits | None, logits: torch.Tensor, labels: torch.Tensor, va
     return "" if same else "hidden states and weight have two dtypes"
 
 
-def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:  # noqa: A002
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
     return input, weight, bias
 
 

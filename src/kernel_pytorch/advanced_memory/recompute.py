@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call"
 """Call a module and keep its inputs and a few chosen results; its backward computes the rest again.
 
 The method is activation checkpointing (Chen et al. 2016, arXiv:1604.06174) with a choice of what to keep (selective
@@ -25,17 +26,28 @@ __all__ = ["RANDOM", "Results", "kind_of", "recompute"]
 
 RANDOM = "random"
 _KEPT = object()
-_MATRIX_PRODUCTS = {
-    "linear", "mm", "addmm", "bmm", "baddbmm", "convolution", "_grouped_mm", "_scaled_mm",
-}  # fmt: skip
-_DRAWS = {"native_dropout", "bernoulli", "bernoulli_", "rand", "randn", "rand_like", "randn_like", "randint", "uniform_",
-    "normal_", "exponential_", "multinomial", "randperm"}  # fmt: skip
+_PRODUCTS = {"linear", "mm", "addmm", "bmm", "baddbmm", "convolution", "_grouped_mm", "_scaled_mm"}
+_DRAWS = {
+    "native_dropout",
+    "bernoulli",
+    "bernoulli_",
+    "rand",
+    "randn",
+    "rand_like",
+    "randn_like",
+    "randint",
+    "uniform_",
+    "normal_",
+    "exponential_",
+    "multinomial",
+    "randperm",
+}
 
 
 def kind_of(op: Any) -> str:
     """Return the kind under which an aten operator's results can be kept: `attention`, `product`, `random` or empty."""
     name = str(getattr(op, "overloadpacket", op)).rpartition(".")[2]
-    if name in _MATRIX_PRODUCTS:
+    if name in _PRODUCTS:
         return "product"
     if name in _DRAWS:
         return RANDOM
@@ -55,7 +67,7 @@ class Results(TorchDispatchMode):
         self.visit = visit
         self.counts: dict[str, int] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         kwargs = kwargs or {}
         kind = kind_of(func)
@@ -82,7 +94,7 @@ def recompute(module: nn.Module, keep: Collection[str], *args: Any, **kwargs: An
     inputs, spec = pytree.tree_flatten((args, kwargs))
     named = {f"module.{name}": p for name, p in module.named_parameters()}
     places = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)]
-    tensors = [inputs[i] for i in places] + list(named.values())
+    tensors = [inputs[i] for i in places] + [_master(p) for p in named.values()]
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         return plain_call(module)(*args, **kwargs)
 
@@ -91,12 +103,26 @@ def recompute(module: nn.Module, keep: Collection[str], *args: Any, **kwargs: An
         for place, tensor in zip(places, given, strict=False):
             leaves[place] = tensor
         own_args, own_kwargs = pytree.tree_unflatten(leaves, spec)
-        state = dict(zip(named, given[len(places) :], strict=True))
+        state = {
+            name: tensor.to(p.dtype) for (name, p), tensor in zip(named.items(), given[len(places) :], strict=True)
+        }
         return torch.func.functional_call(_Plain(module), state, own_args, own_kwargs)
 
     call = _Call(run, frozenset(keep))
     flat = _Recompute.apply(call, *tensors)
     return pytree.tree_unflatten(list(flat), call.spec)
+
+
+def _master(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the leaf that a parameter is a cast of, to be cast again; else the parameter.
+
+    A step that computes in bfloat16 by casting its float32 weights would otherwise keep the copies until the backward.
+    """
+    node = parameter.grad_fn
+    if node is None or node.name() != "ToCopyBackward0":
+        return parameter
+    leaf = getattr(node.next_functions[0][0], "variable", None)
+    return parameter if leaf is None or leaf.shape != parameter.shape else leaf
 
 
 class _Plain(nn.Module):
@@ -205,9 +231,7 @@ class _Recompute(torch.autograd.Function):
         saved = ctx.saved_tensors
         given = [g for g in grads if g is not None]
         held = hold_apart([*saved, *given])
-        tensors = [
-            t.detach().requires_grad_(wanted) for t, wanted in zip(held[: ctx.count], ctx.wanted, strict=True)
-        ]
+        tensors = [t.detach().requires_grad_(wanted) for t, wanted in zip(held[: ctx.count], ctx.wanted, strict=True)]
         with torch.enable_grad():
             leaves = ctx.call.second(tensors, held[ctx.count : len(saved)])
         slopes = iter(held[len(saved) :])

@@ -19,7 +19,7 @@ _FEWEST = 2
 
 
 class RecomputeBlocks:
-    """`block=CLASS, keep=NAMES`: each block of a class keeps its inputs and the named results, and computes the rest again.
+    """`block=CLASS, keep=NAMES`: each block of a class keeps its inputs and the named results, and recomputes the rest.
 
     `keep` is a comma-separated list of names as `recompute.Results` gives them (`attention:0,product:3`), or empty.
     """
