@@ -10,12 +10,13 @@ STAMP := $(VENV)/.installed
 EXTRAS := dev,demo,serve
 DEMO_OUT ?= out/minilm
 SAMPLE ?=
+TPU_ARGS ?=
 
-.PHONY: help setup check test demo breadth faults bench docs clean
+.PHONY: help setup check test test-tpu demo breadth faults bench docs clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 to 3.13 is needed: make PYTHON=...")'
@@ -39,6 +40,9 @@ test: check  ## check, then every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not serial" $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m serial $(PYTEST_ARGS)
 
+test-tpu:  ## device tests on TorchTPU and PyTorch/XLA: on a TPU, else emulated (TPU_ARGS=--short for the first alone)
+	PIP_ARGS="$(PIP_ARGS)" $(PYTHON) tests/tpu/run.py $(TPU_ARGS)
+
 demo: setup  ## optimise all-MiniLM-L6-v2 and write the report
 	$(BIN)/kpt optimize examples/minilm.py:workload -o $(DEMO_OUT)
 
@@ -55,4 +59,4 @@ docs: setup  ## regenerate the pages that come from the code
 	$(BIN)/python docs/generate.py
 
 clean:  ## remove what can be made again, the virtual environment included
-	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-tpu .venv-xla out build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
