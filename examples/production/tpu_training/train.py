@@ -32,8 +32,8 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import byte_gpt  # noqa: E402
 import gpt_train  # noqa: E402
 
-DOES_NOT_FIT, CANNOT_TELL = 1, 2
-"""Exit codes of `kpt fit`: the compiler refuses the step; nothing could be asked."""
+DOES_NOT_FIT = 1
+"""Exit code of `kpt fit` for a step that the compiler refuses; above it, nothing could be asked."""
 
 
 def tell(*words: object) -> None:
@@ -77,14 +77,10 @@ def fits(size: str, topology: str) -> bool:
         tell(f"NOTE: not asked whether it fits {topology}: {last}")
         return True
     answer = json.loads(done.stdout)
-    tell(f"fit: {describe(answer)}")
+    tell(f"fit: {answer['headline']}")
+    if answer["message"]:
+        tell(f"the compiler: {answer['message']}")
     return done.returncode == 0
-
-
-def describe(answer: dict[str, Any]) -> str:
-    """Return the answer of `kpt fit` in a line."""
-    verdict = "fits" if answer["fits"] else f"does not fit: {answer['message']}"
-    return f"{answer['topology']}: peak {answer['peak_bytes'] / 1e9:.2f} GB, {verdict}"
 
 
 def average(network: nn.Module) -> None:
