@@ -11,6 +11,8 @@ from kernel_pytorch.backends.tpu.workers import serve
 
 def work(request: bytes) -> object:
     """Return the `Lowered` form of the program that a pickled builder makes."""
+    import torch
+
     from kernel_pytorch.backends.tpu.ahead import Lowered
     from kernel_pytorch.backends.tpu.lowering import lower
     from kernel_pytorch.backends.tpu.steps import trace_step
@@ -22,6 +24,10 @@ def work(request: bytes) -> object:
     if not version:
         raise KptError("lowering for a TPU needs torch_tpu, which is not installed", fix=_INSTALL)
     load_torch_tpu(Installed("torch_tpu", version, emulated=True))
+    # Emulation leaves them out, for no CPU can run torch_tpu's Mosaic kernel; a chip takes it under these names.
+    torch.backends.cuda.enable_flash_sdp(enabled=True)
+    torch.backends.cuda.enable_mem_efficient_sdp(enabled=True)
+    torch.backends.cuda.enable_cudnn_sdp(enabled=True)
     program, batch = pickle.loads(request)()  # noqa: S301  written by our own parent
     began = time.perf_counter()
     step = trace_step(program, batch)
