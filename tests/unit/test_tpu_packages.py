@@ -225,3 +225,24 @@ def test_this_process_is_read_without_importing_any_of_them():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.strip() == "[]"
     assert "torch" in installation().versions
+
+
+def test_what_blocks_is_told_by_detect_and_what_only_costs_is_no_finding(monkeypatch, capsys):
+    import json
+
+    from kernel_pytorch.backends.tpu import packages
+    from kernel_pytorch.cli import look
+
+    look.detect(form="json", device="cpu")
+    without = json.loads(capsys.readouterr().out)
+    told = problems(Installation(versions={**TORCH_TPU, "libtpu": "0.0.50.1"}, tools=frozenset({"gcc"})))
+    assert [problem.name for problem in told] == ["libtpu-version", "autoload"]
+    monkeypatch.setattr(packages, "problems", lambda: told)
+    assert look.detect(form="json", device="cpu") == 1
+    data = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in data["tpu_packages"]] == ["libtpu-version", "autoload"]
+    assert data["fixable"] == without["fixable"] + 1
+    look.detect(form="text", device="cpu")
+    text = capsys.readouterr().out
+    assert "TPU packages" in text
+    assert "pip install --no-deps libtpu==0.0.52" in text

@@ -13,11 +13,14 @@ def detect(*, form: str, device: str = "auto") -> int:
     """Print the machine and what can run on it; return 1 where something fixable is missing."""
     with quiet_stdout():
         from kernel_pytorch import catalog, hardware
+        from kernel_pytorch.backends.tpu import packages
         from kernel_pytorch.plan.schema import plain
 
         spec = hardware.detect(device)
         rows = [(t.name, t.summary, t.probe(spec)) for t in catalog.TRANSFORMS]
+        problems = packages.problems()
     fixable = [skip for _, _, skip in rows if skip is not None and skip.fix]
+    fixable += [problem.skip for problem in problems if problem.blocks]
 
     def data() -> dict[str, Any]:
         transforms = [
@@ -30,12 +33,15 @@ def detect(*, form: str, device: str = "auto") -> int:
             }
             for name, summary, skip in rows
         ]
-        return {"device": {**plain(spec), "key": spec.key}, "transforms": transforms, "fixable": len(fixable)}
+        told = [{"name": p.name, "reason": p.reason, "fix": p.fix, "blocks": sorted(p.blocks)} for p in problems]
+        device_data = {**plain(spec), "key": spec.key}
+        return {"device": device_data, "transforms": transforms, "tpu_packages": told, "fixable": len(fixable)}
 
     def text(console: Any) -> None:
-        from kernel_pytorch.report.text import render_device
+        from kernel_pytorch.report.text import render_device, render_packages
 
         render_device(spec, rows, console)
+        render_packages([(p.skip, sorted(p.blocks)) for p in problems], console)
 
     emit(form, data, text)
     return 1 if fixable else 0
@@ -46,13 +52,17 @@ def predict(*, target: str, mode: str, form: str, device: str = "auto", **option
     from kernel_pytorch.cli.search import make_config
 
     with quiet_stdout():
+        from kernel_pytorch.backends import one_process
         from kernel_pytorch.core.management.unified_manager import UnifiedManager
         from kernel_pytorch.core.targets import load_target
         from kernel_pytorch.plan.schema import plain
 
         config = make_config(mode=mode, **options)
+        manager = UnifiedManager(config, device=device)
+        if one_process(manager.hardware_manager):
+            manager.hardware_manager.synchronize()  # its runtime is loaded before the target, which may name the device
         workload = load_target(target, trust_remote_code=config.trust_remote_code)
-        spec, prediction, proposals = UnifiedManager(config, device=device).predict(workload)
+        spec, prediction, proposals = manager.predict(workload)
 
     def data() -> dict[str, Any]:
         return {

@@ -23,7 +23,7 @@ from kernel_pytorch.core.types import (
 )
 from kernel_pytorch.report import figures, reading
 
-__all__ = ["render_device", "render_numerics", "render_plan", "render_prediction", "styled_status"]
+__all__ = ["render_device", "render_packages", "render_numerics", "render_plan", "render_prediction", "styled_status"]
 
 _STYLES = {
     Status.OK: "green",
@@ -101,6 +101,23 @@ def render_device(spec: DeviceSpec, rows: Sequence[tuple[str, str, Skip | None]]
             if skip.fix:
                 body.append(f"\nfix: {skip.fix}", style="cyan")
         _fill(table, Text("yes", style="green") if skip is None else Text("no", style="yellow"), Text(name), body)
+    console.print(table)
+
+
+def render_packages(problems: Sequence[tuple[Skip, Sequence[str]]], console: Console) -> None:
+    """Print what is wrong with the TPU packages that are installed, with its fix; nothing where nothing is.
+
+    Args:
+        problems: What is wrong, and what it stands in the way of.
+        console: Where to print.
+    """
+    if not problems:
+        return
+    _section(console, "TPU packages")
+    table = _table("Stands in the way of", "What is wrong")
+    for skip, blocks in problems:
+        body = Text.assemble((skip.reason, "yellow"), (f"\nfix: {skip.fix}", "cyan"))
+        _fill(table, Text(", ".join(blocks) or "nothing"), body)
     console.print(table)
 
 

@@ -34,6 +34,7 @@ PINS: Mapping[str, str] = {
 """The versions that `make test-tpu` installs and tests; `tests/tpu/environments` pins the same."""
 
 _TORCH_FOR_TORCH_TPU = ((2, 11), (2, 15))
+_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _LOCK = Path("/tmp/libtpu_lockfile")  # noqa: S108  libtpu's own place
 _RUNTIMES = frozenset({"torch_tpu", "torch_xla", "torchax"})
 """Packages that register a device with torch, by the name they are imported by."""
@@ -60,7 +61,8 @@ class Installation:
         versions: Installed distributions by name as in `PINS`, and `jaxlib`.
         jax_libtpu: The release of libtpu that the installed jax asks for (`0.0.42.*`); empty where it does not tell.
         loaded: Names of the runtimes that this process has imported.
-        environment: Environment variables.
+        environment: Environment variables; what decides whether torch loads torch_tpu by itself is as the process was
+            started with, for kpt then sets it.
         tools: Programs on the path, of those asked for (`gcc`).
         lock_holder: Process that holds libtpu's lock, another than this one; 0 for none.
     """
@@ -107,7 +109,7 @@ def installation() -> Installation:
         versions=versions,
         jax_libtpu=_jax_libtpu(_requirements("jax")),
         loaded=_RUNTIMES & frozenset(sys.modules),
-        environment=dict(os.environ),
+        environment={**os.environ, _AUTOLOAD: _as_started(_AUTOLOAD)},
         tools=frozenset(tool for tool in ("gcc",) if shutil.which(tool)),
         lock_holder=_lock_holder(_LOCK, Path("/proc/locks"), os.getpid()),
     )
@@ -244,7 +246,7 @@ def _lock(found: Installation) -> Problem | None:
 
 
 def _autoload(found: Installation) -> Problem | None:
-    if not found.has("torch_tpu") or found.environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+    if not found.has("torch_tpu") or found.environment.get(_AUTOLOAD) == "0":
         return None
     return Problem(
         "autoload",
@@ -315,6 +317,16 @@ def _dotted(numbers: tuple[int, ...]) -> str:
 
 def _on(found: Installation, variable: str) -> bool:
     return found.environment.get(variable, "").lower() in ("1", "true", "yes")
+
+
+def _as_started(variable: str) -> str:
+    """Return a variable as this process was started with; as it is now where the kernel does not tell."""
+    try:
+        began = Path("/proc/self/environ").read_bytes().split(b"\0")
+    except OSError:
+        return os.environ.get(variable, "")
+    prefix = f"{variable}=".encode()
+    return next((entry[len(prefix) :].decode() for entry in began if entry.startswith(prefix)), "")
 
 
 def _version(name: str) -> str:

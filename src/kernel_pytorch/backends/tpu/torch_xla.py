@@ -149,5 +149,5 @@ def _seed_with_torch(runtime: TorchXla) -> None:
         runtime.seed(int(seed))
         return torch_alone(seed)
 
-    torch.manual_seed = manual_seed  # type: ignore[assignment]
-    torch.random.manual_seed = manual_seed  # type: ignore[assignment]
+    torch.manual_seed = manual_seed
+    torch.random.manual_seed = manual_seed
