@@ -19,7 +19,7 @@ from kernel_pytorch.core.protocols import HardwareManager
 from kernel_pytorch.core.types import Mode
 from kernel_pytorch.core.workload import Call, Workload
 from kernel_pytorch.search.operators import WorkCounter, least_bytes
-from kernel_pytorch.search.profile import time_shares
+from kernel_pytorch.search.profile import estimated_shares, time_shares
 
 __all__ = ["CaseFigures", "Unmodified"]
 
@@ -67,10 +67,15 @@ class Unmodified:
         return CaseFigures(
             weight=weight,
             ms=_median_ms(self.manager, step),
-            shares=time_shares(step, self.manager.synchronize, self.manager.vendor),
+            shares=self._shares(step, counter),
             counter=counter,
             least_bytes=self._least_bytes(case, counter, result, optimizer),
         )
+
+    def _shares(self, step: Callable[[], Any], counter: WorkCounter) -> Mapping[str, float]:
+        if self.manager.vendor == "tpu":
+            return estimated_shares(counter, self.manager.spec)
+        return time_shares(step, self.manager.synchronize, self.manager.vendor)
 
     def _step(self, case: str) -> tuple[Callable[[], Any], torch.optim.Optimizer | None]:
         model = self.model

@@ -180,6 +180,8 @@ def _caveats(prediction: Prediction, device: DeviceSpec, cases: Sequence[CaseFig
     uncounted: collections.Counter[str] = sum((c.counter.uncounted for c in cases), collections.Counter())
     if uncounted:
         notes.append(f"the operations of {', '.join(sorted(uncounted))} are not counted: the true floor is higher")
+    if device.vendor == "tpu":
+        notes.append("shares of the time are estimated from operations and bytes: a TPU runs operators unobserved")
     if not device.peak_flops:
         notes.append(f"the peak rates of {device.arch} are not known: there is no compute floor")
     return notes

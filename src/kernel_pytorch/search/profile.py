@@ -9,9 +9,12 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from kernel_pytorch.core.types import DeviceSpec
+from kernel_pytorch.hardware.tpu import specs
 from kernel_pytorch.search.kinds import kind_of
+from kernel_pytorch.search.operators import WorkCounter
 
-__all__ = ["time_shares"]
+__all__ = ["estimated_shares", "time_shares"]
 
 _STEP = "kernel_pytorch_step"
 
@@ -47,6 +50,23 @@ def time_shares(step: Callable[[], Any], synchronize: Callable[[], None], vendor
     shares = {kind: us / total_us for kind, us in time_us.items() if us > 0}
     shares["overhead"] = shares.get("overhead", 0.0) + (total_us - busy_us) / total_us
     return shares
+
+
+def estimated_shares(counter: WorkCounter, device: DeviceSpec) -> dict[str, float]:
+    """Return shares of the time by class of operators, estimated from what was counted; they sum to one.
+
+    For a TPU: operators are recorded and run later, so no profiler tells their times. A class takes as long as its
+    operations or its bytes take at the chip's rates; an emulated one has those of v5e. No share is overhead: it would
+    be what is left of a time that the estimates, which are least times, say too little about.
+    """
+    stand_in = specs.CHIPS["v5e"]
+    rate = device.peak_flops.get("bfloat16", stand_in.bf16_flops)
+    bandwidth = device.bandwidth_bytes_per_s or stand_in.bandwidth_bytes_per_s
+    seconds = {
+        kind: max(sum(work.flops.values()) / rate, work.bytes / bandwidth) for kind, work in counter.work.items()
+    }
+    total = sum(seconds.values())
+    return {kind: s / total for kind, s in seconds.items() if s > 0} if total > 0 else {"overhead": 1.0}
 
 
 def _kind(event: Any) -> str:
