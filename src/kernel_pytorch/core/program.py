@@ -295,7 +295,7 @@ def state_bytes(model: nn.Module) -> int:
         for plain in plain_tensors(tensor):
             if not plain.is_meta and plain.layout is torch.strided:
                 storage = plain.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
+                storages[storage._cdata] = storage.nbytes()  # noqa: SLF001  a lazy tensor's has no address
     return sum(storages.values())
 
 
