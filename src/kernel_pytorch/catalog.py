@@ -31,6 +31,7 @@ from kernel_pytorch.transforms.prepack import Prepack
 from kernel_pytorch.transforms.quantize import Quantize
 from kernel_pytorch.transforms.regional_compile import RegionalCompile
 from kernel_pytorch.transforms.rope import Rope
+from kernel_pytorch.transforms.splash_attention import SplashAttention
 from kernel_pytorch.transforms.static_cache import StaticCache
 from kernel_pytorch.transforms.threads import Threads
 
@@ -41,6 +42,7 @@ TRANSFORMS: tuple[Transform, ...] = (
     StaticCache(),
     CausalMask(),
     Attention(),
+    SplashAttention(),
     ChannelsLast(),
     Dtype(),
     PrecisionPolicy(),

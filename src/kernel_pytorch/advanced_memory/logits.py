@@ -50,6 +50,7 @@ class ChunkedLogits(TorchFunctionMode):
     Attributes:
         replaced: How many losses were.
         passed: Why the last one that was not, was not; empty where all were.
+        seen: Rows of the logits of each that was.
     """
 
     def __init__(self, rows: int) -> None:
@@ -57,6 +58,7 @@ class ChunkedLogits(TorchFunctionMode):
         self.rows = rows
         self.replaced = 0
         self.passed = ""
+        self.seen: list[int] = []
         self._logits: dict[int, _Logits] = {}
         self._turned: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -113,6 +115,7 @@ class ChunkedLogits(TorchFunctionMode):
             self.passed = why
             return None
         self.replaced += 1
+        self.seen.append(logits.shape[0])
         return chunked_cross_entropy(
             known.hidden,
             known.weight,

@@ -11,7 +11,8 @@ again, so that no generator state has to travel into a graph.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ __all__ = ["RANDOM", "Results", "kind_of", "recompute"]
 
 RANDOM = "random"
 _KEPT = object()
+_XLA, _LANES = ("tpu", "xla"), 128
+"""Where the last dimension of an array is padded to a multiple of 128 in memory."""
 _PRODUCTS = {"linear", "mm", "addmm", "bmm", "baddbmm", "convolution", "_grouped_mm", "_scaled_mm"}
 _DRAWS = {
     "native_dropout",
@@ -137,6 +140,36 @@ class _Plain(nn.Module):
         return plain_call(self.module)(*args, **kwargs)
 
 
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """Heads of a result side by side, `[batch, rows, heads * width]`: narrow last dimensions are padded in memory."""
+
+    tensor: torch.Tensor
+    heads: int
+
+
+def _packed_again(leaves: Iterable[Any], heads: Any) -> _Packed:
+    (tensor,) = leaves
+    return _Packed(tensor, heads)
+
+
+pytree.register_pytree_node(_Packed, lambda p: ([p.tensor], p.heads), _packed_again)
+
+
+def _pack(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor) and leaf.dim() == 4 and leaf.device.type in _XLA and leaf.shape[-1] % _LANES:
+        return _Packed(leaf.transpose(1, 2).flatten(2), leaf.shape[1])
+    return leaf
+
+
+def _unpack(leaf: Any) -> Any:
+    return leaf.tensor.unflatten(2, (leaf.heads, -1)).transpose(1, 2) if isinstance(leaf, _Packed) else leaf
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, _Packed)
+
+
 def _is_random(name: str) -> bool:
     return name.startswith(f"{RANDOM}:")
 
@@ -154,7 +187,8 @@ class _Call:
         self.spec: Any = None
         self.kept_spec: Any = None
         self.kept_leaves: list[Any] = []
-        self.casts = _Casts()
+        self.packed: set[str] = set()
+        self.surroundings = _Surroundings()
 
     def keeps(self, name: str) -> bool:
         return name in self.keep or _is_random(name)
@@ -176,6 +210,8 @@ class _Call:
         with Results(visit):
             result = self.run(tensors)
         kept = {name: value for name, value in kept.items() if _versions(value) == versions[name]}
+        self.packed = {name for name in kept if name.startswith("attention:")}
+        kept |= {name: pytree.tree_map(_pack, kept[name]) for name in self.packed}
         leaves, self.spec = pytree.tree_flatten(result)
         values, self.kept_spec = pytree.tree_flatten(kept)
         self.kept_leaves = [_KEPT if isinstance(v, torch.Tensor) else v for v in values]
@@ -186,6 +222,7 @@ class _Call:
         left = iter(kept)
         values = [next(left) if value is _KEPT else value for value in self.kept_leaves]
         known = pytree.tree_unflatten(values, self.kept_spec)
+        known |= {name: pytree.tree_map(_unpack, known[name], is_leaf=_is_packed) for name in self.packed}
 
         def visit(name: str, op: Any, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
             del kwargs
@@ -193,28 +230,36 @@ class _Call:
                 return run()
             return args[0].copy_(known[name]) if str(op.overloadpacket).endswith("_") else known[name]
 
-        with self.casts.again(), Results(visit):
+        with self.surroundings.again(), Results(visit):
             result = self.run(tensors)
         return pytree.tree_leaves(result)
 
 
-class _Casts:
-    """The autocast state of a forward, for its repetition in the backward, where autocast is off."""
+class _Surroundings:
+    """What holds around a forward, for its repetition in the backward: autocast, and modes that change functions."""
 
     def __init__(self) -> None:
-        kinds = {"cpu", "cuda", "xpu", "tpu", "xla"}
-        self.states = []
-        for kind in kinds:
+        self.casts = []
+        for kind in ("cpu", "cuda", "xpu", "tpu", "xla"):
             with contextlib.suppress(RuntimeError):
                 if torch.is_autocast_enabled(kind):
-                    self.states.append((kind, torch.get_autocast_dtype(kind)))
+                    self.casts.append((kind, torch.get_autocast_dtype(kind)))
+        self.modes = _function_modes()
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
+        active = {id(mode) for mode in _function_modes()}
         with contextlib.ExitStack() as stack:
-            for kind, dtype in self.states:
+            for kind, dtype in self.casts:
                 stack.enter_context(torch.autocast(kind, dtype=dtype))
+            for mode in self.modes:
+                if id(mode) not in active:
+                    stack.enter_context(mode)
             yield
+
+
+def _function_modes() -> list[Any]:
+    return list(torch.overrides._get_current_function_mode_stack())  # noqa: SLF001
 
 
 class _Recompute(torch.autograd.Function):

@@ -19,9 +19,10 @@ _FEWEST = 2
 
 
 class RecomputeBlocks:
-    """`block=CLASS, keep=NAMES`: each block of a class keeps its inputs and the named results, and recomputes the rest.
+    """`block=CLASS, keep=NAMES, plain=N`: blocks of a class keep inputs and named results, and recompute the rest.
 
     `keep` is a comma-separated list of names as `recompute.Results` gives them (`attention:0,product:3`), or empty.
+    The last `plain` blocks keep everything: their backward comes first, when what they would recompute is there still.
     """
 
     name = "recompute"
@@ -50,7 +51,7 @@ class RecomputeBlocks:
         names = [name for name, count in workload.blocks.items() if count >= _FEWEST]
         if not names:
             return Skip(f"no class of blocks repeats {_FEWEST} times or more")
-        return [Step(self.name, {"block": names[0], "keep": ""})]
+        return [Step(self.name, {"block": names[0], "keep": "", "plain": 1})]
 
     def ceiling(self, step: Step, prediction: Prediction, device: DeviceSpec) -> float:
         """It makes nothing faster by itself."""
@@ -68,7 +69,7 @@ class RecomputeBlocks:
             raise CandidateError(f"{name!r} is the model itself: nothing would be saved")
         if any(block._compiled_call_impl is not None for block in blocks):  # noqa: SLF001
             raise CandidateError(f"{step} cannot follow a step that compiled the blocks")
-        for block in blocks:
+        for block in blocks[: len(blocks) - int(step.params.get("plain", 0))]:
             program.undo.append(lambda block=block: _set_call(block, None))  # type: ignore[misc]
             _set_call(block, _recomputed(block, keep))
         return program

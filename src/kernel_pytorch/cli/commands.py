@@ -276,6 +276,21 @@ def optimize(**options: Any) -> int:
 )
 @click.option("--batch", type=int, metavar="N", help="Size of the inputs' first dimension; TARGET's own by default.")
 @click.option("--find-max-batch", is_flag=True, help="Find the largest batch that fits.")
+@click.option("--search", is_flag=True, help="Search memory patterns (recomputing, chunks, sharding) on a TPU slice.")
+@click.option(
+    "--memory",
+    metavar="GB",
+    type=_Above(),
+    help="With --search: the cheapest patterns whose peak on a device is at most this; else the smallest peak.",
+)
+@click.option(
+    "--max-extra-flops",
+    metavar="F",
+    type=_Above(zero=True),
+    default="0.15",
+    show_default=True,
+    help="With --search: operations allowed over the unmodified step's, as a fraction.",
+)
 @click.option("-o", "--output", metavar="FILE", help="Also write the answer as an HTML page.")
 @_trust_code
 @_format

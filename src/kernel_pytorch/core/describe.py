@@ -23,7 +23,7 @@ from kernel_pytorch.core.types import Mode, WorkloadSpec
 from kernel_pytorch.core.workload import Call, Workload
 from kernel_pytorch.errors import InputsError, KptError, ModelError
 
-__all__ = ["check_model", "describe", "fingerprint", "make_optimizer", "private_copy", "training_loss"]
+__all__ = ["check_model", "describe", "fingerprint", "make_optimizer", "private_copy", "repeated_blocks", "training_loss"]
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -104,7 +104,7 @@ def describe(
         buffer_bytes=sum(map(_bytes, model.buffers())),
         dtypes=tuple(dtype for dtype, _ in sizes.most_common()),
         modules=dict(sorted(collections.Counter(type(m).__name__ for m in model.modules()).items())),
-        blocks=_blocks(model),
+        blocks=repeated_blocks(model),
         operators=dict(sorted(counter.calls.items())),
         devices=tuple(sorted(devices)) or ("cpu",),
         in_memory=not workload.target,
@@ -281,7 +281,7 @@ def _relative_error(reference: torch.Tensor, other: torch.Tensor) -> float:
     return float(((one - two).norm(dim=1) / norms.clamp_min(floor)).max())
 
 
-def _blocks(model: nn.Module) -> dict[str, int]:
+def repeated_blocks(model: nn.Module) -> dict[str, int]:
     """Return how often each class repeats with one structure under one ModuleList or Sequential; leaves are none."""
     found: collections.Counter[str] = collections.Counter()
     for parent in model.modules():

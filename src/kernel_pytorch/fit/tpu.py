@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from kernel_pytorch.backends.tpu.ahead import Lowered, compile_lowered, lower_program
 from kernel_pytorch.backends.tpu.compiler import Compiled
+from kernel_pytorch.backends.tpu.sharding import argument_shardings, spread_marks
 from kernel_pytorch.backends.tpu.topology import Topology
 from kernel_pytorch.core.types import Mode
 from kernel_pytorch.fit.build import Build
@@ -26,7 +27,8 @@ def fit_tpu(build: Build, topology: Topology, *, name: str = "", dump: bool = Tr
 
     Args:
         build: The program.
-        topology: The slice; every device of it runs the same step (data parallel), unless the program says otherwise.
+        topology: The slice; every device of it runs the same step on a batch of its own, unless a `shard` step spreads
+            one batch and the state over them.
         name: Of the target, for people.
         dump: Also read which buffers there are.
 
@@ -35,20 +37,31 @@ def fit_tpu(build: Build, topology: Topology, *, name: str = "", dump: bool = Tr
     """
     began = time.perf_counter()
     lowered = lower_program(build)
-    compiled = compile_lowered(lowered, topology, dump=dump)
+    layout = next((str(s.params["parameters"]) for s in build.candidate.steps if s.transform == "shard"), None)
+    if layout is None:
+        compiled = compile_lowered(lowered, topology, dump=dump)
+    else:
+        lowered = replace(lowered, stablehlo=spread_marks(lowered.stablehlo, topology.devices))
+        shardings = argument_shardings(lowered.arguments, topology.devices, layout)
+        compiled = compile_lowered(
+            lowered, topology, partitions=topology.devices, argument_shardings=shardings, dump=dump
+        )
     total = time.perf_counter() - began
-    fit = outcome(lowered, compiled, topology, mode=build.mode, name=name)
+    split = 1 if layout is None else topology.devices
+    fit = outcome(lowered, compiled, topology, mode=build.mode, name=name, split=split)
     return replace(fit, seconds={**fit.seconds, "total": total})
 
 
-def outcome(lowered: Lowered, compiled: Compiled, topology: Topology, *, mode: Mode, name: str = "") -> Fit:
-    """Return what a lowered and compiled program says of itself."""
+def outcome(
+    lowered: Lowered, compiled: Compiled, topology: Topology, *, mode: Mode, name: str = "", split: int = 1
+) -> Fit:
+    """Return what a lowered and compiled program says of itself; `split` devices share its operations."""
     chip = CHIPS[topology.generation]
     capacity = _capacity(compiled) or chip.hbm_bytes // topology.devices_per_chip
     prediction = None
     if compiled.fits:
         prediction = predict_step(
-            flops=lowered.flops,
+            flops=lowered.flops // split,
             bytes_accessed=compiled.bytes_accessed,
             peak_flops=chip.bf16_flops / topology.devices_per_chip,
             bandwidth_bytes_per_s=chip.bandwidth_bytes_per_s / topology.devices_per_chip,

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from kernel_pytorch.backends.tpu.steps import Argument
     from kernel_pytorch.core.protocols import Program
 
-__all__ = ["AheadError", "Lowered", "compile_lowered", "lower_program"]
+__all__ = ["AheadError", "Lowered", "call_on_device", "compile_lowered", "lower_program"]
 
 LOWER_LIMIT_S, COMPILE_LIMIT_S = 600.0, 1800.0
 
 _LOWER, _COMPILE = "kernel_pytorch.backends.tpu.lower_worker", "kernel_pytorch.backends.tpu.compile_worker"
+_CALL = "kernel_pytorch.backends.tpu.call_worker"
 
 
 class AheadError(KptError):
@@ -76,6 +77,23 @@ def lower_program(build: Callable[[], tuple[Program, Any]], *, timeout_s: float 
 
     lowered: Lowered = _in_child(_LOWER, cloudpickle.dumps(build), timeout_s)
     return lowered
+
+
+def call_on_device(function: Callable[..., Any], *args: Any, timeout_s: float = LOWER_LIMIT_S) -> Any:
+    """Return what a function returns in a child where a TPU device is known, for tracing.
+
+    Args:
+        function: It and its arguments travel by cloudpickle, its result by pickle.
+        args: Its arguments.
+        timeout_s: Limit of the child's life.
+
+    Raises:
+        AheadError: The child died or took too long.
+        KptError: What the function raised.
+    """
+    import cloudpickle
+
+    return _in_child(_CALL, cloudpickle.dumps((function, args)), timeout_s)
 
 
 def compile_lowered(
@@ -150,7 +168,7 @@ def _environment() -> dict[str, str]:
 
 
 def _what(module: str) -> str:
-    return "tracing and lowering" if module == _LOWER else "the TPU compiler"
+    return "the TPU compiler" if module == _COMPILE else "tracing and lowering"
 
 
 def _ended(code: int) -> str:

@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["count_flops"]
+__all__ = ["count_flops", "counted_as"]
 
 
 def count_flops(graph: fx.GraphModule) -> dict[str, int]:
@@ -22,7 +22,7 @@ def count_flops(graph: fx.GraphModule) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for node in graph.graph.nodes:
         packet = getattr(node.target, "overloadpacket", None)
-        formula = flop_registry.get(_counted_as(packet)) if node.op == "call_function" else None
+        formula = flop_registry.get(counted_as(packet)) if node.op == "call_function" else None
         if formula is None:
             continue
         args, kwargs = pytree.tree_map(_value, (node.args, dict(node.kwargs)))
@@ -30,7 +30,7 @@ def count_flops(graph: fx.GraphModule) -> dict[str, int]:
     return dict(counts)
 
 
-def _counted_as(packet: Any) -> Any:
+def counted_as(packet: Any) -> Any:
     """Return the operator whose formula counts one: attention of a backend outside PyTorch is attention."""
     aten = torch.ops.aten
     same = {

@@ -8,14 +8,32 @@ import time
 
 from kernel_pytorch.backends.tpu.workers import serve
 
+__all__ = ["load", "work"]
+
 
 def work(request: bytes) -> object:
     """Return the `Lowered` form of the program that a pickled builder makes."""
-    import torch
-
     from kernel_pytorch.backends.tpu.ahead import Lowered
     from kernel_pytorch.backends.tpu.lowering import lower
     from kernel_pytorch.backends.tpu.steps import trace_step
+
+    load()
+    program, batch = pickle.loads(request)()  # noqa: S301  written by our own parent
+    began = time.perf_counter()
+    step = trace_step(program, batch)
+    stablehlo = lower(step)
+    seconds = time.perf_counter() - began
+    return Lowered(stablehlo, step.arguments, step.flops, step.flops_by_operator, seconds)
+
+
+def load() -> None:
+    """Load torch_tpu over the CPU plugin, to trace and lower with.
+
+    Raises:
+        KptError: It is not installed, with the command.
+    """
+    import torch
+
     from kernel_pytorch.backends.tpu.torch_tpu import load_torch_tpu
     from kernel_pytorch.errors import KptError
     from kernel_pytorch.hardware.tpu.installed import Installed, version_of
@@ -28,12 +46,6 @@ def work(request: bytes) -> object:
     torch.backends.cuda.enable_flash_sdp(enabled=True)
     torch.backends.cuda.enable_mem_efficient_sdp(enabled=True)
     torch.backends.cuda.enable_cudnn_sdp(enabled=True)
-    program, batch = pickle.loads(request)()  # noqa: S301  written by our own parent
-    began = time.perf_counter()
-    step = trace_step(program, batch)
-    stablehlo = lower(step)
-    seconds = time.perf_counter() - began
-    return Lowered(stablehlo, step.arguments, step.flops, step.flops_by_operator, seconds)
 
 
 _INSTALL = "pip install torch-tpu==0.2.0 && pip install --no-deps fastatomstruct-xla-cpu==2026.6.23"

@@ -1,0 +1,111 @@
+"""Attention by TorchTPU's splash kernel in both directions, whether a model calls it or writes it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from kernel_pytorch.core.protocols import Program
+from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
+from kernel_pytorch.errors import CandidateError
+from kernel_pytorch.transforms.attention_follow import AttentionFollower
+from kernel_pytorch.transforms.ceilings import bounded
+
+__all__ = ["SplashAttention"]
+
+_LANES = 128
+"""Rows of attention come in blocks of the vector unit's lanes."""
+
+
+class SplashAttention:
+    """Scaled dot-product attention goes to the operator that TorchTPU lowers to splash kernels, forward and backward.
+
+    Called plainly, a compiled step takes the splash kernel forward and holds all scores in the backward. Followed is
+    attention without a mask or with the causal one, without dropout.
+    """
+
+    name = "splash_attention"
+    summary = "attention by TorchTPU's splash kernels, also where the model writes it out"
+    group = "attention"
+    numerics = Numerics.REORDERED
+    modes = frozenset({Mode.INFERENCE, Mode.TRAINING})
+    compiles = False
+
+    def probe(self, device: DeviceSpec) -> Skip | None:
+        """The kernels are Mosaic code: a TPU's compiler takes them, and no CPU runs them."""
+        if device.vendor != "tpu":
+            return Skip(f"splash kernels run on TPUs, not on {device.vendor}")
+        if "emulated" in device.features:
+            return Skip("splash kernels are Mosaic code, which only a TPU runs; this one is emulated on the CPU")
+        return None
+
+    def propose(self, workload: WorkloadSpec, device: DeviceSpec) -> Sequence[Step] | Skip:
+        """One step; whether the model has attention shows when it runs."""
+        skip = self.probe(device)
+        if skip is not None:
+            return skip
+        if not any("softmax" in name or "attention" in name for name in workload.operators):
+            return Skip("the workload computes no attention")
+        return [Step(self.name)]
+
+    def ceiling(self, step: Step, prediction: Prediction, device: DeviceSpec) -> float:
+        """Attention and what surrounds a written-out one may cost nothing."""
+        del step, device
+        return bounded(prediction, dict.fromkeys(("attention", "reduction", "elementwise", "copy"), 0.0))
+
+    def apply(self, program: Program, step: Step) -> Program:
+        """Run the model under an `AttentionFollower`."""
+        before = program.call
+        program.undo.append(lambda: setattr(program, "call", before))
+        program.call = _Followed(before, step)
+        return program
+
+    def source(self, step: Step) -> str:
+        """It has none.
+
+        Raises:
+            CandidateError: Always.
+        """
+        raise CandidateError(
+            f"{step} cannot be written as plain PyTorch for a model it has not seen run",
+            fix="keep using the plan with kernel_pytorch, or optimise without splash_attention",
+        )
+
+
+class _Followed:
+    """A call under an `AttentionFollower`, which must find attention to replace."""
+
+    def __init__(self, call: Callable[..., Any], step: Step) -> None:
+        self.call = call
+        self.step = step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mode = AttentionFollower(_attend)
+        with mode:
+            result = self.call(*args, **kwargs)
+        if not mode.replaced:
+            raise CandidateError(f"{self.step}: {mode.passed or 'the model computes no attention'}")
+        return result
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool,  # noqa: FBT001
+    scale: float,
+) -> torch.Tensor | None:
+    """Return attention of `[batch, heads, rows, width]`; `None` for shapes the kernel does not take."""
+    if query.dim() != 4 or query.dtype != key.dtype or query.dtype != value.dtype:
+        return None
+    if query.shape[-2] % _LANES or key.shape[-2] % _LANES or query.shape[:2] != key.shape[:2]:
+        return None
+    if causal and query.shape[-2] != key.shape[-2]:
+        return None
+    with_lse, debug = True, False
+    result: torch.Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(  # noqa: SLF001
+        query, key, value, None, with_lse, 0.0, causal, debug, scale=scale
+    )[0]
+    return result
