@@ -26,6 +26,8 @@ from report import render, results_of  # noqa: E402
 
 ENVIRONMENTS = {"torch_tpu": ".venv-tpu", "torch_xla": ".venv-xla"}
 DEVICE_TESTS = ("tests/contracts", "tests/tpu", "tests/gpu")
+AHEAD_OF_TIME = ("tests/fit",)
+"""What the TPU's own compiler says, with no TPU: needs TorchTPU to lower and jax to compile."""
 OTHER_VENDORS = "not nvidia and not amd and not intel and not (contracts and cpu)"
 HOST_TESTS = ("tests/unit",)
 """What runs on the CPU everywhere: run on PyTorch/XLA's older torch too, for the package must work there."""
@@ -58,7 +60,7 @@ def tests(runtime: str, python: Path, out: Path, *, chip: bool, short: bool, ext
     """Run the tests of a runtime, and write their results as JUnit XML; return pytest's exit code."""
     marks = "not slow" if short else ""
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / f'{runtime}.xml'}"]
-    where = [place for place in DEVICE_TESTS if not short or place != "tests/gpu"]
+    where = [*DEVICE_TESTS, *(AHEAD_OF_TIME if runtime == "torch_tpu" else ())]
     command += [*where, "-k", OTHER_VENDORS, *(("-m", marks) if marks else ()), *extra]
     return subprocess.run(command, cwd=ROOT, env=environment(runtime, chip=chip), check=False).returncode
 
