@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 
 from kernel_pytorch.backends import one_process
@@ -18,14 +19,15 @@ from kernel_pytorch.cli import main
 from kernel_pytorch.core.config import KernelPyTorchConfig
 from kernel_pytorch.core.management import unified_manager
 from kernel_pytorch.core.management.unified_manager import UnifiedManager
-from kernel_pytorch.core.program import begin
-from kernel_pytorch.core.types import DeviceSpec, Mode, Step
+from kernel_pytorch.core.program import begin, call_counts, clone_model, ship
+from kernel_pytorch.core.types import DeviceSpec, Mode, Step, TensorSignature
 from kernel_pytorch.core.workload import Call, Workload
 from kernel_pytorch.errors import CandidateError, KptError, ModelError
 from kernel_pytorch.hardware import detect
 from kernel_pytorch.search import jobs
 from kernel_pytorch.search.operators import WorkCounter
 from kernel_pytorch.search.profile import estimated_shares
+from kernel_pytorch.transforms import xla_compile
 from kernel_pytorch.transforms.compile import Compile
 
 V5E = DeviceSpec(
@@ -146,10 +148,49 @@ def test_what_is_for_gpus_or_cpus_says_so(transform):
     assert skip is None or skip.reason
 
 
+def spec_of(mode, *shapes):
+    """Return what `Compile.propose` reads of a workload."""
+    cases = {str(i): (TensorSignature(shape, "float32"),) for i, shape in enumerate(shapes)}
+    return type("Spec", (), {"mode": mode, "signatures": cases})()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "steps"),
+    [
+        ([(4, 8)], [{}]),
+        ([(4, 8), (6, 8)], [{}, {"buckets": "batch"}]),
+        ([(4, 8), (4, 9)], [{}, {"buckets": "batch_sequence"}]),
+        ([(n, 8) for n in range(1, 10)], [{"buckets": "batch"}, {}]),
+    ],
+)
+def test_several_shapes_are_compiled_one_by_one_or_by_buckets(shapes, steps):
+    proposed = Compile().propose(spec_of(Mode.INFERENCE, *shapes), V5E)
+    assert proposed == [Step("compile", {"backend": "tpu"} | extra) for extra in steps]
+
+
+def test_buckets_are_counted_not_shapes(monkeypatch):
+    """Nine shapes are more than torch.compile specialises on; their buckets are five."""
+    monkeypatch.setattr(xla_compile, "_BACKENDS", {"cpu": "eager"})
+    calls = {str(n): Call((torch.ones(n, 8),)) for n in range(1, 10)}
+    model = tiny().eval()
+    with pytest.raises(CandidateError, match=r"9 input shapes are more than the 8 .* use buckets=batch"):
+        Compile().apply(begin(clone_model(model), Mode.INFERENCE, calls), Step("compile", {"backend": "eager"}))
+    step = Step("compile", {"backend": "eager", "buckets": "batch"})
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    shipped = ship(Compile().apply(begin(clone_model(model), Mode.INFERENCE, calls), step), model)
+    with torch.no_grad():
+        for n in (*range(1, 10), 13, 16):  # 13 rows are no case of the workload
+            assert torch.allclose(shipped(torch.ones(n, 8)), model(torch.ones(n, 8)), atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5, "1, 2, 4, 8 and 16 rows"
+    assert call_counts(shipped).outside == 0
+    assert "round_up" in Compile().source(step)
+
+
 def test_compile_names_the_backend_of_the_runtime_and_nothing_of_inductors():
     assert Compile().probe(V5E) is None, "a TPU's compiler needs no C++ compiler"
     spec = replace(V5E, features=("bf16", "torch_xla"))
-    workload = type("Spec", (), {"mode": Mode.TRAINING})()
+    workload = spec_of(Mode.TRAINING, (4, 8))
     assert Compile().propose(workload, V5E) == [
         Step("compile", {"backend": "tpu", "scope": "loss"}),
         Step("compile", {"backend": "tpu"}),
@@ -162,6 +203,8 @@ def test_compile_names_the_backend_of_the_runtime_and_nothing_of_inductors():
 
 def test_a_backend_for_another_device_is_refused():
     program = begin(tiny().eval(), Mode.INFERENCE, {"main": Call((rows(),))})
+    with pytest.raises(CandidateError, match="on cpu, bucketing is a step of its own"):
+        Compile().apply(program, Step("compile", {"buckets": "batch"}))
     with pytest.raises(CandidateError, match="a model on cpu is compiled with no backend but Inductor"):
         Compile().apply(program, Step("compile", {"backend": "tpu"}))
 

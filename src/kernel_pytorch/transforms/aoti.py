@@ -26,12 +26,13 @@ from torch.utils import _pytree as pytree
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError, InputsError
-from kernel_pytorch.transforms.compile import Compile, backend_of, needs_compiler
+from kernel_pytorch.transforms.compile import Compile, needs_compiler
 from kernel_pytorch.transforms.cuda_graph import Unrecordable
 from kernel_pytorch.transforms.plain_source import plain_source
 from kernel_pytorch.transforms.scoped import inside_settings, settings_of
 from kernel_pytorch.transforms.traceable import refuse_untraceable
 from kernel_pytorch.transforms.weights_watch import WeightsWatch
+from kernel_pytorch.transforms.xla_compile import backend_of
 
 __all__ = ["Aoti", "guarded", "package", "packaged_when_called", "signature"]
 

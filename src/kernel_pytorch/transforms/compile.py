@@ -13,6 +13,7 @@ from kernel_pytorch.core.program import model_loss
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
+from kernel_pytorch.transforms.bucketing import Bucketing
 from kernel_pytorch.transforms.ceilings import COMPUTE, FUSIBLE, bounded, roofline
 from kernel_pytorch.transforms.cuda_graph import Unrecordable
 from kernel_pytorch.transforms.graph_report import Watched
@@ -21,21 +22,19 @@ from kernel_pytorch.transforms.scoped import inside_settings
 from kernel_pytorch.transforms.traceable import refuse_untraceable
 from kernel_pytorch.transforms.trees import map_tensors
 from kernel_pytorch.transforms.weights_watch import WeightsWatch
+from kernel_pytorch.transforms.xla_compile import (
+    RECOMPILE_LIMIT,
+    around,
+    backend_of,
+    buckets_of,
+    check_backend,
+    contiguous_inputs,
+)
 
-__all__ = ["Compile", "backend_of", "compiled", "contiguous_inputs", "entry_point", "needs_compiler"]
+__all__ = ["Compile", "compiled", "entry_point", "needs_compiler"]
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-_BACKENDS = {"tpu": "tpu", "xla": "openxla"}
-"""What compiles for a device that Inductor does not, by the type that torch calls it: TorchTPU and PyTorch/XLA."""
-_RECOMPILE_LIMIT = 8
-
-
-def backend_of(device: DeviceSpec) -> str:
-    """Return what `torch.compile(backend=)` takes for a device; empty where it is Inductor."""
-    if device.vendor != "tpu":
-        return ""
-    return _BACKENDS["tpu" if "torch_tpu" in device.features else "xla"]
 
 
 def needs_compiler(device: DeviceSpec) -> Skip | None:
@@ -87,16 +86,6 @@ def own_outputs(inner: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         return map_tensors(inner(*args, **kwargs), lambda t: t.clone())
-
-    return run
-
-
-def contiguous_inputs(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `inner` on inputs without gaps: torch_tpu 0.2.0 compiles a backward that cannot read a saved view."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = map_tensors((args, kwargs), lambda t: t.contiguous())
-        return inner(*args, **kwargs)
 
     return run
 
@@ -180,8 +169,9 @@ def loss_compiled(program: Program, call: Callable[..., Any], step: Step) -> Cal
 class Compile:
     """`torch.compile`: `mode`, `dynamic=True`, `freezing=True` (inference: weights become constants, prepacked).
 
-    On a TPU, `backend=tpu` (TorchTPU) or `backend=openxla` (PyTorch/XLA) and nothing else: they have no modes, and
-    compile each shape by itself.
+    On a TPU, `backend=tpu` (TorchTPU) or `backend=openxla` (PyTorch/XLA): they have no modes, and compile each shape by
+    itself. `buckets=batch|batch_sequence` (inference) pads to powers of two around it, as `bucketing` does: then one
+    compilation serves each bucket, and every size is accepted.
 
     In training, `scope=loss` also compiles the loss with the model inside it, for loops that call `kp.fused_loss`: what
     else a model returns (the logits of a language model) then is no output of the graph, and need not be kept.
@@ -205,8 +195,7 @@ class Compile:
             return skip
         frozen = workload.mode is Mode.INFERENCE
         if backend := backend_of(device):
-            whole = [] if frozen else [Step(self.name, {"backend": backend, "scope": "loss"})]
-            return [*whole, Step(self.name, {"backend": backend})]
+            return [Step(self.name, {"backend": backend} | extra) for extra in around(workload)]
         settings: list[dict[str, Any]] = [{"mode": "default"}]
         if not frozen:
             settings.insert(0, {"mode": "default", "scope": "loss"})
@@ -236,20 +225,24 @@ class Compile:
         dynamic = bool(step.params.get("dynamic", False))
         if mode not in _MODES:
             raise CandidateError(f"unknown mode {mode!r} of compile; expected one of {', '.join(_MODES)}")
-        _check_backend(step, program.model)
+        check_backend(step, program.model)
         if step.params.get("freezing", False) and program.mode is Mode.TRAINING:
             raise CandidateError(f"{step} turns the weights into constants; it is for inference")
-        if not dynamic and len(program.calls) > _RECOMPILE_LIMIT:
+        buckets = str(step.params.get("buckets", ""))
+        shapes = len(program.calls) if not buckets else buckets_of(program, sequence=buckets != "batch")
+        if not dynamic and shapes > RECOMPILE_LIMIT:
             raise CandidateError(
-                f"{len(program.calls)} input shapes are more than the {_RECOMPILE_LIMIT} that torch.compile "
-                "specialises on before it runs uncompiled; use dynamic=True"
+                f"{shapes} input shapes are more than the {RECOMPILE_LIMIT} that torch.compile "
+                f"specialises on before it runs uncompiled; {_fewer(step)}"
             )
         refuse_untraceable(program, step)
         if _with_loss(step, program):
             program.fused_loss = loss_compiled(program, program.call, step)
             program.notes.append("the loop must take its loss from kp.fused_loss(model, batch) to have the whole gain")
         program.call = inside_settings(program.call, lambda inner: compiled(program, inner, step))
-        program.dynamic = program.dynamic and dynamic
+        if buckets:
+            program = Bucketing().apply(program, Step("bucketing", {"dims": buckets}))
+        program.dynamic = program.dynamic and (dynamic or bool(buckets))
         if mode in _CUDA_GRAPHS:
             program.holds.append(Unrecordable(step, "it makes CUDA graphs of its own"))
         if step.params.get("freezing", False):
@@ -275,7 +268,13 @@ class Compile:
         if step.params.get("backend"):
             functions += [map_tensors, contiguous_inputs]
             then += "\ncall = contiguous_inputs(call)"
+        if step.params.get("buckets"):
+            then += "\n" + Bucketing().source(Step("bucketing", {"dims": step.params["buckets"]}))
         return plain_source(*functions, then=then)
+
+
+def _fewer(step: Step) -> str:
+    return "use buckets=batch, or fewer shapes" if step.params.get("backend") else "use dynamic=True"
 
 
 def _uses_cuda_graphs(step: Step, model: nn.Module) -> bool:
@@ -291,22 +290,6 @@ def _with_loss(step: Step, program: Program) -> bool:
     if scope == "loss" and step.params.get("mode") in _CUDA_GRAPHS:
         raise CandidateError(f"{step}: kp.TrainStep records the whole step, with the loss in it")
     return scope == "loss"
-
-
-def _check_backend(step: Step, model: nn.Module) -> None:
-    """Refuse a backend for another device than the model's, and what only Inductor has.
-
-    Raises:
-        CandidateError: With what was expected.
-    """
-    kind = next((p.device.type for p in model.parameters()), "cpu")
-    wanted, given = _BACKENDS.get(kind, ""), str(step.params.get("backend", ""))
-    if given != wanted:
-        named = f"backend={wanted}" if wanted else "no backend but Inductor"
-        raise CandidateError(f"{step}: a model on {kind} is compiled with {named}")
-    others = {*step.params} & {"mode", "dynamic", "freezing"}
-    if given and others:
-        raise CandidateError(f"{step}: {', '.join(sorted(others))}: backend={given} has none of Inductor's settings")
 
 
 def _arguments(step: Step) -> dict[str, Any]:

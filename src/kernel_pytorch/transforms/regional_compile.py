@@ -13,10 +13,11 @@ from kernel_pytorch.core.program import plain_call
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
-from kernel_pytorch.transforms.compile import Compile, backend_of, contiguous_inputs, entry_point, needs_compiler
+from kernel_pytorch.transforms.compile import Compile, entry_point, needs_compiler
 from kernel_pytorch.transforms.graph_report import Watched
 from kernel_pytorch.transforms.plain_source import plain_source
 from kernel_pytorch.transforms.traceable import refuse_untraceable
+from kernel_pytorch.transforms.xla_compile import backend_of, contiguous_inputs
 
 __all__ = ["RegionalCompile"]
 
