@@ -113,6 +113,42 @@ def test_gpt_train_smoke_learns() -> None:
     assert last < first - 1
 
 
+@pytest.mark.slow
+def test_float8_pretraining_is_the_same_on_two_processes(tmp_path: Path) -> None:
+    script, spread = EXAMPLES / "production" / "fp8_pretrain" / "train.py", ["-m", "torch.distributed.run"]
+    spread += ["--standalone", "--nproc-per-node", "2"]
+    runs = [run(script, "--smoke", "--steps", "3", "--watch", tmp_path / "alone.csv")]
+    saved = ["--checkpoint", tmp_path / "saved"]
+    runs += [run(*spread, script, "--smoke", "--steps", steps, *saved) for steps in ("2", "3")]
+    losses = []
+    for done in runs:
+        assert done.returncode == 0, done.stderr[-4000:]
+        losses.append([float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step")])
+    alone, first, rest = losses
+    assert first + rest == pytest.approx(alone, rel=1e-3), "sharded, saved and resumed as in one process"
+    assert alone[0] == pytest.approx(5.5, abs=0.2), "an untrained byte model knows nothing: ln 256"
+    assert alone[-1] < alone[0] - 0.2
+    assert (tmp_path / "saved" / "float8-1.pt").exists()
+    assert "blocks.0.qkv,input" in (tmp_path / "alone.csv").read_text()
+
+
+@pytest.mark.slow
+def test_float8_finetuning_learns_and_saves_a_plain_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="pip install 'kernel-pytorch[train]'")
+    from transformers import LlamaForCausalLM
+
+    script = EXAMPLES / "production" / "fp8_finetune" / "finetune.py"
+    done = run(script, "--smoke", "--steps", "5", "--batch", "2", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, last = map(float, re.search(r"loss: (\S+) -> (\S+)", done.stdout).groups())
+    assert last < first - 0.3
+    assert "14 of 15 linear layers in FP8 (emulated on this device" in done.stdout
+    assert "lm_head: keeps its format" in done.stdout
+    assert (tmp_path / "checkpoint-5" / "float8.pt").exists()
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-5")
+    assert loaded.model.layers[0].mlp.up_proj.weight.isfinite().all()
+
+
 def test_gpt_train_is_causal_and_small() -> None:
     gpt = load_module(EXAMPLES / "gpt_train.py")
     model = gpt.model().eval()

@@ -5,6 +5,7 @@ from kernel_pytorch.precision.fallback import fall_back
 from kernel_pytorch.precision.linear import Float8Linear, swap_linears
 from kernel_pytorch.precision.monitor import Bounds, Float8FallbackWarning, Monitor
 from kernel_pytorch.precision.recipes import RECIPES, Recipe, Scaling
+from kernel_pytorch.precision.sharded import follow_weights, shard_weights
 from kernel_pytorch.precision.state import hold_weights, load_state, state
 
 __all__ = [
@@ -17,10 +18,12 @@ __all__ = [
     "Scaling",
     "convert",
     "fall_back",
+    "follow_weights",
     "hold_weights",
     "load_state",
     "report",
     "restore",
+    "shard_weights",
     "state",
     "swap_linears",
 ]

@@ -19,6 +19,8 @@ from kernel_pytorch.ops.float8_cast import float8_cast
 from kernel_pytorch.ops.float8_cast.counting import count_op
 from kernel_pytorch.ops.float8_cast.op import float8_cast_op, float8_cast_rows_op
 from kernel_pytorch.ops.float8_matmul.op import float8_matmul_op
+from kernel_pytorch.precision.gathered import GatheredWeight, gathered
+from kernel_pytorch.precision.gathered import turned as transpose
 from kernel_pytorch.precision.recipes import Recipe, recipe_named
 from kernel_pytorch.precision.site import SLOT, Place, Site, place_of
 
@@ -48,7 +50,9 @@ class _Linears(torch.autograd.Function):
         x_row, x_turned, x_inverse, x_turned_inverse, w_row, w_turned, w_inverse, w_turned_inverse = small
         weights, biases = parameters[::2], parameters[1::2]
         sizes = [len(w) for w in weights]
-        kept = [x if not products[2][0] else None, *([] if products[1][0] else weights)]
+        # Of a weight that FSDP gathers again for the backward, the transposed copy is made there.
+        again = isinstance(weights[0], GatheredWeight)
+        kept = [x if not products[2][0] else None, *([] if products[1][0] and not again else weights)]
         ctx.save_for_backward(x_turned, x_turned_inverse, w_turned, w_turned_inverse, *of_gradient, *kept)
         ctx.options, ctx.sizes, ctx.x_dtype = (kind, power_of_2, by_row, products), sizes, x.dtype
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
@@ -77,6 +81,10 @@ class _Linears(torch.autograd.Function):
             )
         dy_row, dy_turned, dy_inverse, dy_turned_inverse = small
         dx = None
+        if row and weights:
+            whole = gathered(weights)
+            assert whole is not None
+            w_turned, w_inverse = transpose(whole.row), whole.inverse
         if row:
             dx = float8_matmul_op(dy_row, w_turned, dy_inverse, w_inverse, None, ctx.x_dtype, by_input[1])
         elif wants_x:

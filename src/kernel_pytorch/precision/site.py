@@ -7,14 +7,17 @@ all.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from kernel_pytorch.errors import ModelError
 from kernel_pytorch.ops.float8_cast import Float8Matrix, float8_cast, fresh_state
 from kernel_pytorch.ops.float8_cast.counting import count_op
+from kernel_pytorch.precision.gathered import gathered
 from kernel_pytorch.precision.recipes import Recipe
 
 __all__ = ["OPERANDS", "SLOT", "Place", "Site", "place_of", "site_of", "sites_of"]
@@ -49,10 +52,11 @@ class Site:
         self._cached: tuple[Any, Float8Matrix] | None = None
         self._held: Float8Matrix | None = None
         self._cast_already = False
+        self._own: list[weakref.ref[torch.Tensor]] | None = [weakref.ref(layer.weight) for layer in layers]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave results and the cached weight out of copies and pickles: they are made again."""
-        return {**vars(self), "_cached": None, "_held": None, "counters": {}, "pending": None}
+        return {**vars(self), "_cached": None, "_held": None, "_own": None, "counters": {}, "pending": None}
 
     def weight(self, weights: list[torch.Tensor], *, transposed: bool) -> Float8Matrix:
         """Return the weights in FP8, below each other; in eager code kept until a parameter changes.
@@ -60,10 +64,15 @@ class Site:
         That is once an optimizer step, however many micro-steps it has. Compiled code casts at every call, for what a
         graph reads must be its input, and the parameter is; unless the weight is held (`hold_weight`).
         """
+        whole = gathered(weights)
+        if whole is not None:
+            return whole
         if torch.compiler.is_compiling():
             return self._held if self._held is not None else self._cast(weights, transposed=transposed, role=_role())
-        key = _versions(weights)
         role = _role()
+        if not self._keeps(weights):
+            return self._cast(weights, transposed=transposed, role=role)
+        key = _versions(weights)
         if self._cached is not None:
             known, cast = self._cached
             if known == key and (not transposed or cast.transposed.numel()):
@@ -79,13 +88,27 @@ class Site:
         self._cached = (key, cast)
         return cast
 
+    def _keeps(self, weights: list[torch.Tensor]) -> bool:
+        """Return whether weights are the very parameters that the layers had: versions tell of changes of those.
+
+        FSDP2 puts others in their place, into which it gathers without a new version.
+        """
+        if self._own is None:
+            self._own = [weakref.ref(w) for w in weights]
+        return all(known() is w for known, w in zip(self._own, weights, strict=True))
+
     def forget_weight(self) -> None:
         """Free the cached weight; the next call casts it again."""
         self._cached = self._held = None
 
     def hold_weight(self) -> None:
         """Cast the weights now, into memory that stays the same: compiled code reads it until this is called again."""
-        weights = [layer.weight for layer in self.layers]
+        weights: list[torch.Tensor] = [layer.weight for layer in self.layers]
+        if not self._keeps(weights):
+            raise ModelError(
+                "a layer's weight is another parameter than when it was converted: it cannot be held",
+                fix="hold weights without FSDP; with FSDP2 kp.precision.shard_weights casts before the gathering",
+            )
         role = "read" if self._cast_already else "forward"
         self._cast_already = False
         cast = self._cast(weights, transposed=True, role=role)
