@@ -212,8 +212,9 @@ _CONSTANT = {
     torch.ones, torch.zeros, torch.full, torch.arange, torch.tril, torch.triu, torch.Tensor.tril, torch.Tensor.triu,
     torch.Tensor.__invert__, torch.bitwise_not, torch.logical_not, torch.Tensor.logical_not, torch.Tensor.bool,
     torch.Tensor.to, torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.unsqueeze, torch.unsqueeze,
-    torch.Tensor.__getitem__, torch.Tensor.__eq__, torch.Tensor.__le__, torch.Tensor.__ge__, torch.Tensor.__lt__,
-    torch.Tensor.__gt__, torch.Tensor.expand, torch.Tensor.masked_fill, torch.masked_fill, torch.where,
+    torch.Tensor.__getitem__, torch.Tensor.expand, torch.Tensor.masked_fill, torch.masked_fill, torch.where,
+    torch.Tensor.__eq__, torch.Tensor.eq, torch.Tensor.le, torch.Tensor.ge, torch.Tensor.lt, torch.Tensor.gt,
+    torch.Tensor.__and__, torch.Tensor.__or__, torch.logical_and, torch.logical_or,
 }  # fmt: skip
 
 
