@@ -184,7 +184,7 @@ def compilations(runtime: Runtime, size: Size = SMALL) -> list[Compilations]:
     """Return the programs compiled for each of `LENGTHS`, padded to `BUCKETS` before they reach the device.
 
     On the device, padding would be work of its own shape for every length, and so a program for each. A training step
-    is one program on PyTorch/XLA, and one forward and one backward on TorchTPU.
+    is one program on PyTorch/XLA; on TorchTPU forward and backward are apart, and so is what lies between them.
     """
     model = place(network(size, 0), runtime.device)
     optimizer = gpt_train.optimizer(model.parameters())

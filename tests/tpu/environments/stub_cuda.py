@@ -43,6 +43,7 @@ SPECIAL = {
     "cudaGetLastError": "int cudaGetLastError(void) { return 0; }",
     "cudaGetErrorString": 'const char *cudaGetErrorString(int error) { return "stub library: no CUDA device"; }',
     "cudaGetErrorName": 'const char *cudaGetErrorName(int error) { return "cudaErrorNoDevice"; }',
+    "cudnnGetVersion": "unsigned long cudnnGetVersion(void) { return 91002; }",
     "cudaDriverGetVersion": "int cudaDriverGetVersion(int *version) { *version = 0; return 0; }",
     "cudaRuntimeGetVersion": "int cudaRuntimeGetVersion(int *version) { *version = 12080; return 0; }",
 }
