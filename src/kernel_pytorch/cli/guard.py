@@ -107,7 +107,9 @@ def recorded_target(plan: Plan, directory: Path) -> str:
     file = where if where.endswith(".py") else target if target.endswith(".pt2") else ""
     if not file:
         return target
-    started_in = directory.parents[max(0, len(Path(given.get("output") or "x").parts) - 1)]
+    written = Path(given.get("output") or "x")
+    # As many levels above the search's directory as its name has; an absolute one does not tell where it was started.
+    started_in = directory.parents[0 if written.is_absolute() else max(0, len(written.parts) - 1)]
     for place in (Path.cwd(), started_in):
         if (place / Path(file).expanduser()).is_file():
             return str(place / file) + (colon + factory if where.endswith(".py") else "")
