@@ -6,10 +6,10 @@ import shlex
 from dataclasses import replace
 
 import pytest
+from tests.unit.plan_factory import make_plan
 
 from kernel_pytorch.cli.guard import recorded_target
 from kernel_pytorch.errors import TargetError
-from tests.unit.plan_factory import make_plan
 
 
 def plan_of(target, output):
