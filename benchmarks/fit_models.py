@@ -1,6 +1,6 @@
 """What the TPU compiler says of training steps of plain GPTs, against its own buffer assignment; needs no TPU.
 
-`python benchmarks/fit_models.py [NAME ...]` appends to `benchmarks/results/tpu-ahead/fit.json`, one entry a case; a case
+`python benchmarks/fit_models.py [NAME ...]` appends to `benchmarks/results/tpu-ahead/fit.json`, one entry a case; one
 that is there is not run again unless it is named.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import sys
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
@@ -23,6 +24,9 @@ class Naming:
 
     Every module pushes its path while it runs. An autograd node takes the number that was next when its forward ran, so
     that the numbers at which the path changed tell the module of a gradient.
+
+    Attributes:
+        failed: Path of the innermost module that an exception left; empty where none did.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -31,6 +35,12 @@ class Naming:
         self._suffix = ""
         self._changes: list[tuple[int, str]] = []
         self._handles: list[Any] = []
+        self.failed = ""
+
+    @property
+    def current(self) -> str:
+        """Where the trace is."""
+        return self._stack[-1] + self._suffix
 
     @staticmethod
     def of(node: fx.Node) -> str:
@@ -48,7 +58,7 @@ class Naming:
         before = nn.modules.module.register_module_forward_pre_hook(self._enter_module)
         after = nn.modules.module.register_module_forward_hook(self._leave_module, always_call=True)
         self._handles = [before, after]
-        self._stack, self._suffix, self._changes = ["loss"], "", []
+        self._stack, self._suffix, self._changes, self.failed = ["loss"], "", [], ""
         self._note(self._stack[-1])
         return self
 
@@ -85,6 +95,8 @@ class Naming:
 
     def _leave_module(self, module: nn.Module, _: Any, __: Any) -> None:
         del module
+        if not self.failed and sys.exc_info()[0] is not None:  # the hook is called on the way of an exception
+            self.failed = self.current
         if len(self._stack) > 1:
             self._stack.pop()
         self._note(self._stack[-1])

@@ -10,36 +10,26 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import fx
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils import _pytree as pytree
 
 from kernel_pytorch.backends.tpu.flops import count_flops
 from kernel_pytorch.backends.tpu.naming import Naming
-from kernel_pytorch.core.program import model_loss, plain_call
+from kernel_pytorch.backends.tpu.state import Role, State, TraceError, fake
+from kernel_pytorch.core.program import model_loss
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import Mode
 from kernel_pytorch.core.workload import as_call
-from kernel_pytorch.errors import KptError
 
 __all__ = ["Argument", "Role", "StepGraph", "TraceError", "trace_step"]
-
-
-class TraceError(KptError):
-    """A program cannot be written down as one graph; the message names the reason, and the module where known."""
-
-
-class Role(StrEnum):
-    """What an argument of a step is."""
-
-    PARAMETER = "parameter"
-    BUFFER = "buffer"
-    OPTIMIZER = "optimizer"
-    BATCH = "batch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +98,9 @@ def trace_step(program: Program, batch: Any, *, device: str = "tpu") -> StepGrap
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     place = torch.device(device)
     with _compiling(), mode, place:
-        state = _State.of(program, mode, place)
+        state = State.of(program, place)
         leaves, spec = pytree.tree_flatten(batch)
-        inputs = [_fake(leaf, place) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        inputs = [fake(leaf, place) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         tensors = [i for i, leaf in enumerate(inputs) if isinstance(leaf, torch.Tensor)]
         naming = Naming(program.model)
 
@@ -124,14 +114,30 @@ def trace_step(program: Program, batch: Any, *, device: str = "tpu") -> StepGrap
             return [*held, *results]
 
         arguments = [*state.tensors, *(inputs[i] for i in tensors)]
-        graph = _record(step, arguments, naming)
+        try:
+            graph = _record(step, arguments, naming)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise _depends_on_values(error, naming) from error
     names = [*state.names, *(f"batch.{i}" for i in tensors)]
     roles = [*state.roles, *(Role.BATCH for _ in tensors)]
     return _finish(graph, names, roles, arguments)
 
 
+def _depends_on_values(error: DataDependentOutputException | DynamicOutputShapeException, naming: Naming) -> TraceError:
+    where = naming.failed or naming.current
+    if isinstance(error, DynamicOutputShapeException):
+        return TraceError(
+            f"the shape of what {error.func} in {where} returns depends on values, and a step has fixed shapes",
+            fix="mask instead of selecting (torch.where), or pad to a few lengths (buckets), one program each",
+        )
+    return TraceError(
+        f"{where} reads a value on the host ({error.func}): what it does then depends on values, so it is no one graph",
+        fix="keep the decision in tensors (torch.where), or make it an argument of the model",
+    )
+
+
 def _run(
-    program: Program, batch: Any, state: _State, held: Sequence[torch.Tensor], naming: Naming
+    program: Program, batch: Any, state: State, held: Sequence[torch.Tensor], naming: Naming
 ) -> list[torch.Tensor]:
     if program.mode is not Mode.TRAINING:
         call = as_call(batch)
@@ -160,10 +166,6 @@ def _plain(output: Any) -> Any:
     return output
 
 
-def _fake(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-
-
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
     """Let optimizers and models know that values are unknown, as `torch.export` does."""
@@ -173,134 +175,6 @@ def _compiling() -> Iterator[None]:
         yield
     finally:
         torch.compiler._is_compiling_flag = before  # noqa: SLF001
-
-
-@dataclass(slots=True)
-class _State:
-    """What a step holds between steps, as fake tensors: parameters, buffers, optimizer state."""
-
-    program: Program
-    names: list[str]
-    roles: list[Role]
-    tensors: list[torch.Tensor]
-    requires_grad: list[bool]
-    places: list[list[tuple[nn.Module, str]]]
-    parameters: int
-    slots: list[tuple[int, str]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, program: Program, mode: FakeTensorMode, device: torch.device) -> _State:
-        del mode
-        found: dict[int, int] = {}
-        state = cls(program, [], [], [], [], [], 0)
-        for role in (Role.PARAMETER, Role.BUFFER):
-            for path, module in program.model.named_modules(remove_duplicate=False):
-                members = module._parameters if role is Role.PARAMETER else module._buffers  # noqa: SLF001
-                for key, tensor in members.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) in found:
-                        state.places[found[id(tensor)]].append((module, key))
-                        continue
-                    found[id(tensor)] = len(state.tensors)
-                    state.names.append(f"{path}.{key}" if path else key)
-                    state.roles.append(role)
-                    state.tensors.append(_fake(tensor, device))
-                    trained = role is Role.PARAMETER and program.mode is Mode.TRAINING
-                    state.requires_grad.append(trained and tensor.requires_grad)
-                    state.places.append([(module, key)])
-            if role is Role.PARAMETER:
-                state.parameters = len(state.tensors)
-        if program.optimizer is not None and program.mode is Mode.TRAINING:
-            state._add_optimizer(found)
-        return state
-
-    def _add_optimizer(self, found: Mapping[int, int]) -> None:
-        """Take one step with made-up gradients, so that the optimizer makes its state; then it is a step's argument."""
-        optimizer = self.program.optimizer
-        assert optimizer is not None
-        groups = [[found.get(id(p), -1) for p in group["params"]] for group in optimizer.param_groups]
-        if any(i < 0 for group in groups for i in group):
-            raise TraceError("the optimizer holds a parameter that is not the model's")
-        self._groups = groups
-        held = [t.detach() for t in self.tensors]
-        for i in {i for group in groups for i in group}:
-            held[i].grad = torch.empty_like(held[i])
-        with self.optimizing(held):
-            try:
-                optimizer.step()
-            except TypeError as error:
-                raise TraceError(f"{type(optimizer).__name__} cannot be stepped: {error}") from error
-            for i in dict.fromkeys(i for group in groups for i in group):
-                for key, value in optimizer.state.get(held[i], {}).items():
-                    if isinstance(value, torch.Tensor):
-                        self.slots.append((i, key))
-                        self.names.append(f"{self.names[i]}.{key}")
-                        self.roles.append(Role.OPTIMIZER)
-                        self.tensors.append(_fake(value, self.tensors[0].device))
-                        self.requires_grad.append(False)
-                        self.places.append([])
-                    elif not isinstance(value, int | float | bool | type(None)):
-                        raise TraceError(
-                            f"{type(optimizer).__name__} keeps {key!r}, a {type(value).__name__}, for each parameter; "
-                            "only tensors and numbers can be arguments of a graph"
-                        )
-                    else:
-                        self._numbers.setdefault(i, {})[key] = value
-
-    _groups: list[list[int]] = field(default_factory=list)
-    _numbers: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def replaced_by(self, held: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Put tensors in the place of parameters and buffers, and the program's call in that of the model's."""
-        model = self.program.model
-        before: list[tuple[dict[str, Any], str, Any]] = []
-        compiled = model._compiled_call_impl  # noqa: SLF001
-        try:
-            for tensor, wants, places in zip(held, self.requires_grad, self.places, strict=False):
-                if wants:
-                    tensor.requires_grad_()
-                for module, key in places:
-                    parameters: dict[str, Any] = module._parameters  # noqa: SLF001
-                    members = parameters if key in parameters else module._buffers  # noqa: SLF001
-                    before.append((members, key, members[key]))
-                    members[key] = tensor
-            if self.program.call != plain_call(model):
-                model._compiled_call_impl = self.program.call  # noqa: SLF001
-            yield
-        finally:
-            model._compiled_call_impl = compiled  # noqa: SLF001
-            for members, key, value in reversed(before):
-                members[key] = value
-
-    @contextlib.contextmanager
-    def optimizing(self, held: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Give the optimizer these tensors as parameters and state, one tensor at a time and without host reads."""
-        optimizer = self.program.optimizer
-        assert optimizer is not None
-        before = [dict(group) for group in optimizer.param_groups]
-        state = optimizer.state
-        optimizer.state = type(state)(dict)
-        first = len(held) - len(self.slots)
-        for (i, key), tensor in zip(self.slots, held[first:], strict=True):
-            optimizer.state[held[i]][key] = tensor
-        for i, numbers in self._numbers.items():
-            optimizer.state[held[i]].update(numbers)
-        try:
-            for group, members in zip(optimizer.param_groups, self._groups, strict=True):
-                group["params"] = [held[i] for i in members]
-                group.update({key: value for key, value in _PLAIN_GROUP.items() if key in group})
-            yield
-        finally:
-            optimizer.state = state
-            for group, saved in zip(optimizer.param_groups, before, strict=True):
-                group.clear()
-                group.update(saved)
-
-
-_PLAIN_GROUP = {"foreach": False, "fused": False, "capturable": True}
-"""One operator a tensor, and step counts that stay on the device."""
 
 
 def _record(step: Callable[..., Any], arguments: Sequence[torch.Tensor], naming: Naming) -> fx.GraphModule:
