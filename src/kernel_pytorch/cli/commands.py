@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+
+from kernel_pytorch.cli.parameters import Above, Budget, Share, Verbs
 
 __all__ = ["kpt"]
 
@@ -16,80 +17,6 @@ TARGET_HELP = (
     "TARGET is path/file.py:factory, package.module:factory, hf:MODEL_ID_OR_DIR, timm:NAME, torchvision:NAME or a "
     ".pt2 file. A factory is called without arguments and returns a Workload or (model, example_inputs)."
 )
-
-
-class _Verbs(click.Group):
-    """Commands in the order of use; an unknown one is answered with the nearest names."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
-        return list(self.commands)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
-            near = difflib.get_close_matches(args[0], list(self.commands), n=2, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"one of: {', '.join(self.commands)}"
-            raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx)
-        return super().resolve_command(ctx, args)
-
-
-class _Budget(click.ParamType[Any]):
-    """Seconds, or a name; `by_device`: the name itself is returned, for its seconds depend on the device."""
-
-    name = "budget"
-
-    def __init__(self, *, by_device: bool = False) -> None:
-        self.by_device = by_device
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | float:
-        from kernel_pytorch.core.config import BUDGETS_S
-
-        if value in BUDGETS_S:
-            return str(value) if self.by_device else BUDGETS_S[value]
-        try:
-            seconds = float(value)
-        except ValueError:
-            seconds = -1.0
-        if not 0.0 < seconds < float("inf"):
-            self.fail(f"{value!r} is neither {', '.join(BUDGETS_S)} nor a positive number of seconds", param, ctx)
-        return seconds
-
-
-class _Above(click.ParamType[float]):
-    """A finite float above zero (or from zero on)."""
-
-    name = "number"
-
-    def __init__(self, *, zero: bool = False, below: float = float("inf")) -> None:
-        self.zero = zero
-        self.below = below
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a number", param, ctx)
-        if not (number >= 0.0 if self.zero else number > 0.0) or not number < self.below:
-            low = "from 0" if self.zero else "above 0"
-            high = f" and below {self.below:g}" if self.below < float("inf") else " and finite"
-            self.fail(f"{value} must be {low}{high}", param, ctx)
-        return number
-
-
-class _Share(click.ParamType[float]):
-    """A float from 0 to 1."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a number", param, ctx)
-        if not 0.0 <= number <= 1.0:
-            self.fail(f"{value} must be from 0 to 1", param, ctx)
-        return number
 
 
 def _names(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -137,7 +64,7 @@ _guard_forms = click.Choice(["text", "json", "markdown", "junit", "prometheus"])
 _guarded = _stacked(
     click.option(
         "--max-slowdown",
-        type=_Above(below=10.0),
+        type=Above(below=10.0),
         default="0.03",
         show_default=True,
         metavar="F",
@@ -180,7 +107,7 @@ _runs_of = _stacked(
 )
 
 
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
 @click.version_option(None, "--version", package_name="kernel-pytorch", message="kpt %(version)s")
 def kpt() -> None:
     """Make a PyTorch model fast on this machine, prove that it computes the same, and keep it fast."""
@@ -220,14 +147,14 @@ def predict(**options: Any) -> int:
 @_device
 @click.option(
     "--budget",
-    type=_Budget(by_device=True),
+    type=Budget(by_device=True),
     default="default",
     metavar="quick|default|thorough|SECONDS",
     help="Time the search may take: 60 s, 240 s, 1800 s (on a GPU 150 s, 540 s, 1800 s), or your own.",
 )
 @click.option(
     "--max-error",
-    type=_Above(),
+    type=Above(),
     default="2e-2",
     show_default=True,
     metavar="E",
@@ -235,7 +162,7 @@ def predict(**options: Any) -> int:
 )
 @click.option(
     "--min-gain",
-    type=_Above(zero=True, below=1.0),
+    type=Above(zero=True, below=1.0),
     default="0.02",
     show_default=True,
     metavar="G",
@@ -280,13 +207,13 @@ def optimize(**options: Any) -> int:
 @click.option(
     "--memory",
     metavar="GB",
-    type=_Above(),
+    type=Above(),
     help="With --search: the cheapest patterns whose peak on a device is at most this; else the smallest peak.",
 )
 @click.option(
     "--max-extra-flops",
     metavar="F",
-    type=_Above(zero=True),
+    type=Above(zero=True),
     default="0.15",
     show_default=True,
     help="With --search: operations allowed over the unmodified step's, as a fraction.",
@@ -319,7 +246,7 @@ def explain(**options: Any) -> int:
 @_plan
 @_target
 @click.option(
-    "--budget", type=_Budget(), default="30", metavar="SECONDS", show_default=True, help="Time for the measurement."
+    "--budget", type=Budget(), default="30", metavar="SECONDS", show_default=True, help="Time for the measurement."
 )
 @_seed
 @_trust_artifacts
@@ -339,12 +266,12 @@ def apply(**options: Any) -> int:
 @_plan
 @click.argument("target", required=False)
 @click.option(
-    "--budget", type=_Budget(), default="30", metavar="SECONDS", show_default=True, help="Time for the measurement."
+    "--budget", type=Budget(), default="30", metavar="SECONDS", show_default=True, help="Time for the measurement."
 )
 @click.option(
     "--keep",
     "keep_share",
-    type=_Share(),
+    type=Share(),
     default="0.9",
     show_default=True,
     metavar="F",
@@ -395,7 +322,7 @@ def check(**options: Any) -> int:
 @click.option("--first-parent", is_flag=True, help="Of merges, --bisect follows the first parent only.")
 @_mode
 @click.option(
-    "--budget", type=_Budget(), default="120", metavar="SECONDS", show_default=True, help="Time for the measurement."
+    "--budget", type=Budget(), default="120", metavar="SECONDS", show_default=True, help="Time for the measurement."
 )
 @_trust_code
 @_guarded
@@ -415,7 +342,7 @@ def compare(**options: Any) -> int:
 @click.argument("target_b")
 @click.option("--level", type=click.Choice(["quick", "standard", "strict"]), default="standard", show_default=True)
 @click.option(
-    "--max-error", type=_Above(), default="1e-5", show_default=True, metavar="E", help="Largest relative error."
+    "--max-error", type=Above(), default="1e-5", show_default=True, metavar="E", help="Largest relative error."
 )
 @_seed
 @_trust_code
@@ -443,7 +370,7 @@ def eject(**options: Any) -> int:
     return run(**options)
 
 
-@kpt.group(cls=_Verbs)
+@kpt.group(cls=Verbs)
 def history() -> None:
     """List, show, plot, export and prune what `check` and `compare` have found over time."""
 
@@ -499,7 +426,7 @@ def history_export(**options: Any) -> int:
 
 @history.command(name="prune")
 @_history
-@click.option("--keep-days", type=_Above(zero=True), metavar="N", help="Keep what is not older than this.")
+@click.option("--keep-days", type=Above(zero=True), metavar="N", help="Keep what is not older than this.")
 @click.option("--keep-runs", type=click.IntRange(min=0), metavar="N", help="Keep the newest so many of each name.")
 @_format
 def history_prune(**options: Any) -> int:
