@@ -5,7 +5,7 @@
 Each is lowered as a forward and as a training step (mean square of its float outputs, AdamW), and each program is
 compiled for one chip of v5e and of v5p. Resumable: what `benchmarks/results/tpu-ahead/breadth.json` has is not run
 again, and programs are kept in the work directory until they are compiled. Workers do many architectures each, for their
-start takes longer than most programs; one that dies has its architecture marked and is started again.
+their start takes longer than most programs; one that dies has its architecture marked and is started again.
 """
 
 from __future__ import annotations
