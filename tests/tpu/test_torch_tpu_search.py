@@ -118,12 +118,17 @@ def test_what_is_for_other_devices_is_skipped_with_its_reason(tmp_path):
     assert not reasons["compile"]
 
 
-def test_a_plan_is_replayed_and_guarded(inference):
-    directory, _, _ = inference
-    replayed = kpt("apply", directory, "tests/tpu/target.py:inference", "--format", "json")
+def test_a_plan_is_replayed_and_guarded(inference, tmp_path):
+    """That of the compiled call, whether or not it was the fastest here."""
+    _, _, plan = inference
+    compiled = next(t for t in trials(plan, "compile") if len(t["candidate"]["steps"]) == 1)
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, "chosen": {**compiled, "phase": "confirm"}}))
+    replayed = kpt("apply", tmp_path, "tests/tpu/target.py:inference", "--format", "json")
     assert replayed.returncode in (0, 1), replayed.stderr[-3000:]  # how fast it is says nothing when emulated
-    assert json.loads(replayed.stdout)["measured"]
-    checked = kpt("check", directory, "--format", "json", "--history", "none")
+    told = json.loads(replayed.stdout)
+    assert told["measured"]["speedup"] > 0.0
+    assert [s["transform"] for s in told["chosen"]] == ["compile"]
+    checked = kpt("check", tmp_path, "--format", "json", "--history", "none", "--budget", 30)
     assert checked.returncode in (0, 1), checked.stderr[-3000:]
     assert json.loads(checked.stdout)["verdict"] in ("PASS", "FAIL", "INCONCLUSIVE")
 
@@ -134,7 +139,8 @@ def test_a_training_step_is_searched(tmp_path):
     for transform in ("compile", "precision_policy"):
         tried = trials(plan, transform)
         assert tried
-        assert {t["status"] for t in tried} <= {"ok", "wrong"}, [t["reason"] for t in tried]
+        # What takes several times the unmodified model is left, and on a busy machine that is nobody's fault.
+        assert {t["status"] for t in tried} <= {"ok", "wrong", "timeout"}, [t["reason"] for t in tried]
         assert any(t["status"] == "ok" for t in tried)
 
 
