@@ -1,5 +1,6 @@
 """Training in FP8: recipes, linear layers with their scales, and the conversion of models."""
 
+from kernel_pytorch.precision.blocks import BLOCK_RECIPES, BlockRecipe
 from kernel_pytorch.precision.convert import convert, report, restore
 from kernel_pytorch.precision.fallback import fall_back
 from kernel_pytorch.precision.linear import Float8Linear, swap_linears
@@ -9,7 +10,9 @@ from kernel_pytorch.precision.sharded import follow_weights, shard_weights
 from kernel_pytorch.precision.state import hold_weights, load_state, state
 
 __all__ = [
+    "BLOCK_RECIPES",
     "RECIPES",
+    "BlockRecipe",
     "Bounds",
     "Float8FallbackWarning",
     "Float8Linear",

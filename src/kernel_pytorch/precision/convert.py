@@ -18,8 +18,10 @@ from kernel_pytorch.errors import ModelError
 from kernel_pytorch.ops.float8_matmul import emulated, unsupported
 from kernel_pytorch.ops.gated_mlp.matching import gated_mlp_options
 from kernel_pytorch.ops.gated_mlp.reference import gated_mlp_reference
+from kernel_pytorch.precision.blocks import BLOCK_RECIPES, UNVERIFIED
 from kernel_pytorch.precision.choice import PRODUCTS, Choice, LayerShape, choose
 from kernel_pytorch.precision.eligible import Verdict, verdicts
+from kernel_pytorch.precision.emulate import EMULATED, emulate_linear
 from kernel_pytorch.precision.fallback import fallen
 from kernel_pytorch.precision.linear import restore_linear, swap_linears
 from kernel_pytorch.precision.mlp import fusible, restore_mlp, swap_mlp
@@ -116,7 +118,7 @@ def convert(
         recipe: A recipe, its name (`RECIPES`), or `auto`: for each layer, or layers that read the same tensor, the
             recipe and the products that are the fastest at its shape on this GPU with all casts, measured and kept;
             its own format where none is at least 2 % faster. On a CPU `auto` converts nothing, and a named recipe is
-            emulated, for tests of numerics.
+            emulated, for tests of numerics. Recipes by blocks (`BLOCK_RECIPES`) are emulated on any device.
         example_inputs: What the model is called with, as `kp.optimize` takes it. A part of it is run once, without
             gradients, to see which layers read the same tensor and how many rows they have.
         tokens: Rows of a layer's input, where there are no `example_inputs`.
@@ -129,6 +131,9 @@ def convert(
     """
     if swapped(model):
         raise ModelError("the model is in FP8 already", fix="kp.precision.restore(model) first")
+    if recipe in BLOCK_RECIPES:
+        setattr(model, _REPORT, _emulated(model, str(recipe), allow_head=allow_lm_head, exclude=exclude))
+        return model
     call = None if example_inputs is None else as_call(example_inputs)
     found = swap_model(model, recipe, run=model, call=call, tokens=tokens, allow_head=allow_lm_head, exclude=exclude)
     setattr(model, _REPORT, found)
@@ -173,6 +178,20 @@ def undo(model: nn.Module) -> None:
         restore_mlp(module)
         if isinstance(module, nn.Linear):
             restore_linear(module)
+            if EMULATED in vars(module):
+                vars(module).pop(EMULATED)
+                vars(module).pop("forward", None)
+
+
+def _emulated(model: nn.Module, recipe: str, *, allow_head: bool, exclude: Collection[str]) -> Report:
+    told = []
+    for verdict in verdicts(model, allow_head=allow_head, exclude=exclude):
+        if verdict.reason:
+            told.append(LayerReport(verdict.path, reason=verdict.reason))
+        else:
+            emulate_linear(verdict.layer, recipe)
+            told.append(LayerReport(verdict.path, recipe, UNVERIFIED, PRODUCTS))
+    return Report(told, emulated=True, notes=[f"{recipe}: {UNVERIFIED}"])
 
 
 def swap_model(

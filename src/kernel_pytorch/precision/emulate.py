@@ -15,13 +15,17 @@ from torch.nn import functional
 
 from kernel_pytorch.ops.float8_cast import float8_cast
 from kernel_pytorch.ops.float8_cast.reference import quantise, scale_reference
+from kernel_pytorch.precision.blocks import BLOCK_RECIPES, BlockRecipe
 from kernel_pytorch.precision.recipes import Recipe, recipe_named
 from kernel_pytorch.precision.site import Site
 
-__all__ = ["emulate_linear", "multiplied", "rounded"]
+__all__ = ["EMULATED", "emulate_linear", "multiplied", "rounded"]
+
+EMULATED = "_float8_emulated"
+"""Attribute of a layer that computes by an emulation: the name of the recipe."""
 
 
-def rounded(x: torch.Tensor, recipe: Recipe, operand: str, *, summed: int) -> torch.Tensor:
+def rounded(x: torch.Tensor, recipe: Recipe | BlockRecipe, operand: str, *, summed: int) -> torch.Tensor:
     """Return a matrix as a recipe rounds it, in its own dtype, scaled by its own largest magnitudes.
 
     Args:
@@ -30,6 +34,8 @@ def rounded(x: torch.Tensor, recipe: Recipe, operand: str, *, summed: int) -> to
         operand: `input`, `weight` or `gradient`.
         summed: Dimension that the product sums over; recipes with a scale for each row of an operand have it along it.
     """
+    if isinstance(recipe, BlockRecipe):
+        return recipe.rounded(x, operand, summed=summed)
     dtype = recipe.dtype(operand)
     amax = recipe.amax(x.detach().abs(), operand, summed=summed).float()
     scale = scale_reference(amax, dtype, power_of_2=recipe.power_of_2)
@@ -59,7 +65,9 @@ def multiplied(x: torch.Tensor, site: Site, operand: str, *, summed: int) -> tor
 
 class _Emulated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recipe: Recipe, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, recipe: Recipe | BlockRecipe, x: torch.Tensor, weight: torch.Tensor, bias: Any
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.recipe = recipe
         if not recipe.forward.float8:
@@ -70,7 +78,7 @@ class _Emulated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        recipe: Recipe = ctx.recipe
+        recipe: Recipe | BlockRecipe = ctx.recipe
         dx = dw = None
         if ctx.needs_input_grad[1]:
             pair = (dy, weight)
@@ -85,9 +93,11 @@ class _Emulated(torch.autograd.Function):
         return None, dx, dw, dy.sum(0) if ctx.needs_input_grad[3] else None
 
 
-def emulate_linear(module: nn.Linear, recipe: str | Recipe) -> None:
+def emulate_linear(module: nn.Linear, recipe: str | Recipe | BlockRecipe) -> None:
     """Let a layer compute by an emulation of a recipe, in place: for judging, not for speed."""
-    chosen = recipe_named(recipe)
+    blocks = BLOCK_RECIPES.get(recipe) if isinstance(recipe, str) else recipe
+    chosen = blocks if isinstance(blocks, BlockRecipe) else recipe_named(recipe)  # type: ignore[arg-type]
+    setattr(module, EMULATED, chosen.name)
 
     def forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         kind = input.device.type

@@ -120,7 +120,7 @@ class ShardedWeight(torch.Tensor):
             held = out.data if isinstance(out, nn.Parameter) else out
             assert isinstance(held, GatheredWeight)
             # The gathering before a backward brings what the forward saved: no new version, as FSDP's own copies.
-            with torch.autograd._unsafe_preserve_version_counter(held.back):  # noqa: SLF001
+            with torch.autograd._unsafe_preserve_version_counter(held.back):  # type: ignore[attr-defined]  # noqa: SLF001
                 held.back.copy_(inverse)
             return None
         return GatheredWeight(data, inverse, kind, param_dtype), (data,)
