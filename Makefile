@@ -33,11 +33,10 @@ setup: $(STAMP)  ## virtual environment with everything; quick when nothing chan
 check: setup  ## lint, types and layers, without running anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/mypy & types=$$!; $(BIN)/lint-imports && wait $$types
 
 test: check  ## check, then every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not serial" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not serial" $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m serial $(PYTEST_ARGS)
 
 test-tpu:  ## device tests on TorchTPU and PyTorch/XLA: on a TPU, else emulated (TPU_ARGS=--short for the first alone)

@@ -10,9 +10,6 @@ import pytest
 HERE = Path(__file__).parent
 SERIAL = (
     "attention/test_choice.py",
-    "cli/test_artifacts.py",
-    "cli/test_interruption.py",
-    "cli/test_kpt.py",
     "contracts",
     "gpu",
     "search",

@@ -26,7 +26,7 @@ import pytest
 __all__ = ["python", "run_interpreted"]
 
 _SERVER = """
-import importlib, json, os, runpy, sys
+import atexit, importlib, json, os, runpy, sys, threading, traceback
 
 for name in json.loads(sys.argv[1]):
     importlib.import_module(name)
@@ -56,14 +56,31 @@ os.environ.update(asked["env"])
 for number, name in ((1, "stdout"), (2, "stderr")):
     os.dup2(os.open(asked[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
 first, *rest = asked["arguments"]
-if first == "-m":
-    sys.path[0] = asked["cwd"]
-    sys.argv = rest
-    runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-else:
-    sys.path[0] = os.path.dirname(first)
-    sys.argv = [first, *rest]
-    runpy.run_path(first, run_name="__main__")
+code = 0
+try:
+    if first == "-m":
+        sys.path[0] = asked["cwd"]
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = os.path.dirname(first)
+        sys.argv = [first, *rest]
+        runpy.run_path(first, run_name="__main__")
+except SystemExit as end:
+    if end.code is not None and not isinstance(end.code, int):
+        print(end.code, file=sys.stderr)
+        code = 1
+    else:
+        code = end.code or 0
+except BaseException:
+    traceback.print_exc()
+    code = 1
+# The end of a process, but for taking its modules down, which takes a second where torch is among them.
+threading._shutdown()
+atexit._run_exitfuncs()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
 """
 
 
@@ -77,8 +94,14 @@ class _Server:
             stdout=subprocess.PIPE,
             env=environment,
         )
-        atexit.register(self.process.kill)
+        atexit.register(self.close)
         assert self._read(120) == "ready"
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        with self.process:
+            pass  # closes the pipes, and waits
 
     def _read(self, timeout: float | None) -> str | None:
         """Return the next line of the server; `None` where it did not come in time."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests import forks
+
+MAKE_PLAN = Path(__file__).parent / "make_plan.py"
 
 SOURCE = """
     import torch
@@ -95,14 +95,18 @@ def kpt(files: Path) -> Callable[..., Done]:
     """Return a function that runs `kpt` in that directory."""
 
     def run(*arguments: str, **environment: str) -> Done:
-        done = subprocess.run(
-            [sys.executable, "-m", "kernel_pytorch", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=files,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", **environment},
-        )
+        added = {"COLUMNS": "100", **environment}
+        done = forks.python("-m", "kernel_pytorch", *arguments, cwd=files, environment=added)
         return Done(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def make_plan(files: Path) -> Callable[..., None]:
+    """Return a function that writes a plan there; it takes the arguments of `make_plan.py`."""
+
+    def make(*arguments: str) -> None:
+        forks.python(MAKE_PLAN, *arguments, cwd=files).check_returncode()
+
+    return make

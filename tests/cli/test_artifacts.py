@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from tests import forks
 
-MAKE_PLAN = Path(__file__).parent / "make_plan.py"
 DEPLOY = """
 import kernel_pytorch as kp
 from nets import net
@@ -20,9 +17,10 @@ kp.apply("plan", model, inputs=x, trust_artifacts=True)
 
 
 @pytest.mark.slow
-def test_packages_are_loaded_only_where_they_are_trusted(kpt, files):
-    subprocess.run([sys.executable, str(MAKE_PLAN), "plan", "aoti"], cwd=files, check=True, capture_output=True)
-    subprocess.run([sys.executable, "-c", DEPLOY], cwd=files, check=True, capture_output=True)
+def test_packages_are_loaded_only_where_they_are_trusted(kpt, files, make_plan):
+    make_plan("plan", "aoti")
+    (files / "deploy.py").write_text(DEPLOY)
+    forks.python(files / "deploy.py", cwd=files).check_returncode()
     package = files / "plan" / "artifacts" / "model-main.pt2"
     facts = json.loads(package.with_suffix(".json").read_text())
     assert facts["package"] == hashlib.sha256(package.read_bytes()).hexdigest()

@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-MAKE_PLAN = Path(__file__).parent / "make_plan.py"
 
 WITHOUT_TORCH = {
     "unknown command": (["optimise", "x"], "did you mean optimize"),
@@ -98,20 +95,16 @@ PLANS = {
 }
 
 
-def make_plan(files: Path, *arguments: str) -> None:
-    subprocess.run([sys.executable, str(MAKE_PLAN), *arguments], cwd=files, check=True, capture_output=True)
-
-
 @pytest.mark.parametrize("case", PLANS)
-def test_a_plan_that_does_not_fit(kpt, files, case):
+def test_a_plan_that_does_not_fit(kpt, files, case, make_plan):
     target, changes, says = PLANS[case]
     if case == "unknown transform":
-        make_plan(files, "plan", "bf16")
+        make_plan("plan", "bf16")
         text = (files / "plan" / "plan.json").read_text()
         (files / "plan" / "plan.json").write_text(text.replace('"transform": "dtype"', '"transform": "dtyp"'))
         one_line(kpt("eject", "plan", target), says)
         return
-    make_plan(files, "plan", "bf16", *changes)
+    make_plan("plan", "bf16", *changes)
     one_line(kpt("apply", "plan", target), says)
 
 

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from tests import forks
 
 from kernel_pytorch.cli import main
 from kernel_pytorch.plan.store import SearchDirectory
 
-MAKE_PLAN = Path(__file__).parent / "make_plan.py"
 SIDES = "--base REV [--head REV], --base-python P [--head-python P], two targets, --command twice, or --base-samples F "
 WAYS = f"give {SIDES}--head-samples F"
 
@@ -61,10 +61,6 @@ def here(
         return SimpleNamespace(code=code, out=said.out, err=said.err)
 
     return run
-
-
-def make_plan(files: Path, *arguments: str) -> None:
-    subprocess.run([sys.executable, str(MAKE_PLAN), *arguments], cwd=files, check=True, capture_output=True)
 
 
 def refused(done, line: str) -> None:
@@ -439,16 +435,16 @@ def test_an_environment_without_the_package_is_refused_with_what_to_install(kpt,
 # Plans.
 
 
-def test_a_plan_whose_target_is_not_known(kpt, files):
-    make_plan(files, "plan", "bf16", 'command=""')
+def test_a_plan_whose_target_is_not_known(kpt, files, make_plan):
+    make_plan("plan", "bf16", 'command=""')
     fix = f"fix: kpt check {files}/plan TARGET"
     refused(kpt("check", "plan"), f"the plan does not say which target it was made for; {fix}")
-    make_plan(files, "plan", "bf16", 'command="kpt optimize other.py:net -o plan"')
+    make_plan("plan", "bf16", 'command="kpt optimize other.py:net -o plan"')
     refused(kpt("check", "plan"), f"the plan was made for other.py:net, which is neither here nor in {files}; {fix}")
 
 
-def test_a_plan_for_another_model_is_refused(kpt, files):
-    make_plan(files, "plan", "bf16", *fresh())
+def test_a_plan_for_another_model_is_refused(kpt, files, make_plan):
+    make_plan("plan", "bf16", *fresh())
     refused(
         kpt("check", "plan", "nets.py:wide"),
         "the plan is for another model than this Net: tiny (354 parameters, the plan's has 20); "
@@ -468,8 +464,8 @@ def checked(kpt, *more: str):
     return done, json.loads(done.out)
 
 
-def test_a_plan_of_other_software_is_stale_and_says_how_to_validate_it_anew(kpt, files):
-    make_plan(files, "plan", "none", *fresh(), 'device.software.torch="1.13.0"')
+def test_a_plan_of_other_software_is_stale_and_says_how_to_validate_it_anew(kpt, files, make_plan):
+    make_plan("plan", "none", *fresh(), 'device.software.torch="1.13.0"')
     done, told = checked(kpt)
     assert (done.code, told["verdict"]) == (1, "STALE")
     assert "torch 1.13.0 -> " in told["reason"]
@@ -478,8 +474,8 @@ def test_a_plan_of_other_software_is_stale_and_says_how_to_validate_it_anew(kpt,
     assert any("torch" in culprit["what"] for culprit in told["culprits"])
 
 
-def test_a_plan_of_another_device_is_stale_and_cannot_be_refreshed(kpt, files):
-    make_plan(files, "plan", "bf16", *fresh(), 'device.arch="sm_90"', 'device.vendor="nvidia"')
+def test_a_plan_of_another_device_is_stale_and_cannot_be_refreshed(kpt, files, make_plan):
+    make_plan("plan", "bf16", *fresh(), 'device.arch="sm_90"', 'device.vendor="nvidia"')
     before = (files / "plan" / "plan.json").read_text()
     for more in ((), ("--refresh",)):
         done, told = checked(kpt, *more)
@@ -490,8 +486,8 @@ def test_a_plan_of_another_device_is_stale_and_cannot_be_refreshed(kpt, files):
 
 @pytest.mark.slow
 @pytest.mark.serial
-def test_refreshing_stamps_the_plan_anew_where_it_passes(kpt, files):
-    make_plan(files, "plan", "none", *fresh(), 'device.software.torch="1.13.0"')
+def test_refreshing_stamps_the_plan_anew_where_it_passes(kpt, files, make_plan):
+    make_plan("plan", "none", *fresh(), 'device.software.torch="1.13.0"')
     (files / "plan" / "artifacts").mkdir()
     (files / "plan" / "artifacts" / "compile_cache.zip").write_text("of torch 1.13.0")
     (files / "plan" / "report.html").write_text("of torch 1.13.0")
@@ -513,8 +509,8 @@ def test_refreshing_stamps_the_plan_anew_where_it_passes(kpt, files):
 
 @pytest.mark.slow
 @pytest.mark.serial
-def test_a_plan_that_is_slower_than_the_unmodified_model_fails(kpt, files):
-    make_plan(files, "plan", "bf16", *fresh())  # casting costs more than a model of this size takes
+def test_a_plan_that_is_slower_than_the_unmodified_model_fails(kpt, files, make_plan):
+    make_plan("plan", "bf16", *fresh())  # casting costs more than a model of this size takes
     done, told = checked(kpt, "--keep", "0")
     assert (done.code, told["verdict"]) == (1, "FAIL"), told["reason"]
     assert told["reason"].startswith("the plan is slower than the unmodified model: 0.")
@@ -525,16 +521,16 @@ def test_a_plan_that_is_slower_than_the_unmodified_model_fails(kpt, files):
 
 
 @pytest.mark.slow
-def test_a_plan_that_computes_something_else_is_wrong(kpt, files):
-    make_plan(files, "plan", "bf16", *fresh(), "config.max_error=1e-9")
+def test_a_plan_that_computes_something_else_is_wrong(kpt, files, make_plan):
+    make_plan("plan", "bf16", *fresh(), "config.max_error=1e-9")
     done, told = checked(kpt)
     assert (done.code, told["verdict"]) == (1, "WRONG")
     assert told["reason"].startswith("the plan computes something else: precision: ")
     assert told["change"] is None
 
 
-def test_a_plan_that_a_search_holds_is_not_refreshed(kpt, files):
-    make_plan(files, "plan", "none", *fresh())
+def test_a_plan_that_a_search_holds_is_not_refreshed(kpt, files, make_plan):
+    make_plan("plan", "none", *fresh())
     with SearchDirectory(files / "plan"):
         refused(
             kpt("check", "plan", "--refresh"),
@@ -586,16 +582,14 @@ print(10.0 + 8 * (n % 2))
 
 
 def exported(files: Path) -> list[dict]:
-    done = subprocess.run(
-        [sys.executable, "-m", "kernel_pytorch", "history", "export"],
-        cwd=files, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = forks.python("-m", "kernel_pytorch", "history", "export", cwd=files)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_what_was_sampled_and_leaves_no_process(files):
-    make_plan(files, "plan", "none", *fresh())
+def test_ctrl_c_keeps_what_was_sampled_and_leaves_no_process(files, make_plan):
+    make_plan("plan", "none", *fresh())
     (files / "tmp").mkdir()
     with subprocess.Popen(
         [sys.executable, "-m", "kernel_pytorch", "check", "plan", "--budget", "60", "--max-slowdown", "1e-9"],

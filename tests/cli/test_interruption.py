@@ -28,7 +28,7 @@ def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128)), torch.randn(32, 128)
 """
-ASKED = ("optimize", "slowly.py:net", "--budget", "40", "--only", "dtype,threads,prepack", "-o", "out")
+ASKED = ("optimize", "slowly.py:net", "--budget", "120", "--only", "dtype,threads,prepack", "-o", "out")
 
 
 @pytest.fixture

@@ -8,14 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from kernel_pytorch.cli import main
 from kernel_pytorch.cli.search import default_directory
 
-MAKE_PLAN = Path(__file__).parent / "make_plan.py"
 HEAVY = {"torch", "pydantic", "rich", "numpy", "scipy", "typer", "jinja2"}
 
 
@@ -25,6 +23,7 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
+@pytest.mark.serial
 def test_help_imports_nothing_heavy_and_answers_at_once():
     code = "from kernel_pytorch.cli import main\nimport sys\nassert main(['--help']) == 0"
     assert not HEAVY & loaded_by(code)
@@ -98,6 +97,7 @@ def test_what_the_user_prints_stays_out_of_the_data(kpt):
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_optimize_explain_apply_and_eject_in_one_go(kpt, files):
     asked = "optimize nets.py:net --budget 20 --only dtype --isolation none --format json -o out"
     done = kpt(*asked.split())
@@ -122,12 +122,9 @@ def test_optimize_explain_apply_and_eject_in_one_go(kpt, files):
     assert "--resume" in other.err
 
 
-def make_plan(files: Path, *arguments: str) -> None:
-    subprocess.run([sys.executable, str(MAKE_PLAN), *arguments], cwd=files, check=True, capture_output=True)
-
-
-def test_a_plan_that_is_slower_here_no_longer_holds(kpt, files):
-    make_plan(files, "plan", "bf16")  # casting costs more than a model of this size takes
+@pytest.mark.serial
+def test_a_plan_that_is_slower_here_no_longer_holds(kpt, files, make_plan):
+    make_plan("plan", "bf16")  # casting costs more than a model of this size takes
     done = kpt("apply", "plan", "nets.py:net", "--budget", "2", "--format", "json")
     assert done.code == 1, done.err
     told = json.loads(done.out)
@@ -137,15 +134,16 @@ def test_a_plan_that_is_slower_here_no_longer_holds(kpt, files):
     assert told["measured"]["speedup"] < 1 < told["planned"]["speedup"]
 
 
-def test_a_plan_that_is_wrong_here_no_longer_holds(kpt, files):
-    make_plan(files, "plan", "bf16", "config.max_error=1e-9")
+def test_a_plan_that_is_wrong_here_no_longer_holds(kpt, files, make_plan):
+    make_plan("plan", "bf16", "config.max_error=1e-9")
     done = kpt("apply", "plan", "nets.py:net", "--budget", "2")
     assert done.code == 1, done.err
     assert "wrong" in done.out
 
 
-def test_a_plan_that_keeps_the_model_holds(kpt, files):
-    make_plan(files, "plan", "none")
+@pytest.mark.serial
+def test_a_plan_that_keeps_the_model_holds(kpt, files, make_plan):
+    make_plan("plan", "none")
     done = kpt("apply", "plan", "nets.py:net", "--budget", "2")
     assert done.code == 0, done.err
     assert "holds" in done.out
@@ -171,8 +169,8 @@ def test_validate_tells_equal_from_different_and_where_they_part(kpt, other, cod
     assert any("Renamed" in sentence for sentence in told["unchecked"]) is (other == "renamed")
 
 
-def test_eject_prints_source_or_writes_it(kpt, files):
-    make_plan(files, "plan", "bf16")
+def test_eject_prints_source_or_writes_it(kpt, files, make_plan):
+    make_plan("plan", "bf16")
     printed = kpt("eject", "plan", "nets.py:net")
     assert printed.code == 0, printed.err
     compile(printed.out, "ejected", "exec")
@@ -181,8 +179,8 @@ def test_eject_prints_source_or_writes_it(kpt, files):
     assert (files / "ejected.py").read_text() == printed.out
 
 
-def test_a_closed_pipe_is_quiet(files):
-    make_plan(files, "plan", "bf16")
+def test_a_closed_pipe_is_quiet(files, make_plan):
+    make_plan("plan", "bf16")
     process = subprocess.Popen(
         [sys.executable, "-m", "kernel_pytorch", "explain", "plan", "--format", "json"],
         cwd=files,
@@ -220,7 +218,7 @@ def test_ctrl_c_tells_how_to_resume(files):
 def test_an_unexpected_error_is_one_line_and_a_traceback_on_demand(monkeypatch, capsys):
     from kernel_pytorch import hardware
 
-    def broken():
+    def broken(*_):
         raise KeyError("bug")
 
     monkeypatch.setattr(hardware, "detect", broken)

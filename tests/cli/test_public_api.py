@@ -40,12 +40,6 @@ def test_importing_the_package_imports_nothing_heavy():
     assert not {"torch", "pydantic", "typer", "click", "rich", "numpy", "scipy", "jinja2"} & loaded
 
 
-def test_importing_the_package_costs_at_most_50_ms_over_torch():
-    code = "import torch, time; t = time.perf_counter(); import kernel_pytorch; print(time.perf_counter() - t)"
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
-    assert min(float(run.stdout) for run in runs) < 0.050
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_optimize_refuses_what_it_cannot_use():
     model = torch.nn.Linear(2, 2)

@@ -15,6 +15,7 @@ from _pytest.pytester import SysModulesSnapshot
 from kernel_pytorch import pytest_plugin
 from kernel_pytorch.guard.history import History
 from kernel_pytorch.guard.saved import read_comparisons
+from tests import forks
 
 MAKE_PLAN = Path(__file__).parents[1] / "cli" / "make_plan.py"
 
@@ -276,8 +277,7 @@ def test_a_plan_is_checked_and_one_of_other_software_is_stale(run, pytester: pyt
         ("stale", "bf16", 'device.software.torch="1.0"'),
         ("elsewhere", "bf16", 'workload.fingerprint="0"'),
     ):
-        command = [sys.executable, str(MAKE_PLAN), name, kind, *changes]
-        subprocess.run(command, cwd=pytester.path, check=True, capture_output=True)
+        forks.python(MAKE_PLAN, name, kind, *changes, cwd=pytester.path).check_returncode()
     done = run(
         """
 @pytest.mark.kpt(max_slowdown=1, max_pairs=16, max_seconds=2)

@@ -42,7 +42,7 @@ def test_the_faster_is_chosen_and_confirmed_on_fresh_samples(isolation):
 
 
 def test_a_wrong_candidate_never_wins_however_fast():
-    plan = search(Planted("wrong", "wrong")).plan
+    plan = search(Planted("wrong", "wrong"), isolation="none").plan
     assert plan.candidate.label == "unmodified"
     trial = by_label(plan)["wrong"]
     assert trial.status is Status.WRONG
@@ -80,7 +80,7 @@ def test_an_unknown_transform_is_misuse():
 
 
 def test_what_was_excluded_is_not_tried():
-    plan = search(Planted("faster", "faster"), Planted("slower", "slower"), exclude=("faster",)).plan
+    plan = search(Planted("faster", "faster"), Planted("slower", "slower"), exclude=("faster",), isolation="none").plan
     assert set(by_label(plan)) == {"unmodified", "slower"}
 
 
@@ -96,7 +96,7 @@ def test_a_mix_of_shapes_is_weighted():
         "small": Case(lambda seed: torch.ones(2, 16), weight=3.0),
         "large": Case(lambda seed: torch.ones(32, 16), weight=1.0),
     }
-    config = KernelPyTorchConfig(budget_s=25.0)
+    config = KernelPyTorchConfig(budget_s=25.0, isolation="none")
     plan = UnifiedManager(config, (Planted("faster", "faster"),)).optimize(Workload(Sleepy, mix)).plan
     assert plan.workload.weights == {"small": 0.75, "large": 0.25}
     assert plan.candidate.label == "faster"

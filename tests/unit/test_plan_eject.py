@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from plans import plan, trial
+from tests import forks
 
 from kernel_pytorch.core.describe import fingerprint
 from kernel_pytorch.core.program import signatures_of
@@ -69,9 +68,9 @@ def run(tmp_path: Path, source: str, then: str) -> str:
     """Run source where kernel_pytorch cannot be imported."""
     path = tmp_path / "ejected.py"
     path.write_text(source)
-    code = f"import sys\nsys.modules['kernel_pytorch'] = None\nsys.path.insert(0, {str(tmp_path)!r})\n"
-    code += textwrap.dedent(then)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    script = tmp_path / "uses_ejected.py"
+    script.write_text("import sys\nsys.modules['kernel_pytorch'] = None\n" + textwrap.dedent(then))
+    done = forks.python(script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
