@@ -130,3 +130,37 @@ def gpt_111m_fused() -> Workload:
 
 def gpt_877m() -> Workload:
     return workload(GPT_877M)
+
+
+def gpt2_of_transformers() -> Workload:
+    """GPT-2 small as `transformers` writes it, its own loss, fp32 master weights under autocast."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return _of_transformers(lambda: GPT2LMHeadModel(GPT2Config(use_cache=False)), vocab=50257, length=1024)
+
+
+def llama_of_transformers() -> Workload:
+    """A Llama of 0.2e9 parameters as `transformers` writes it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=2048, use_cache=False,
+    )  # fmt: skip
+    return _of_transformers(lambda: LlamaForCausalLM(config), vocab=32000, length=2048, batch=4)
+
+
+def _of_transformers(model: Callable[[], nn.Module], vocab: int, length: int, batch: int = 8) -> Workload:
+    def inputs(seed: int) -> dict[str, torch.Tensor]:
+        del seed
+        ids = torch.randint(0, vocab, (batch, length))
+        return {"input_ids": ids, "labels": ids}
+
+    def loss(module: nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        kind = next(module.parameters()).device.type
+        with torch.autocast(kind, dtype=torch.bfloat16):
+            value: torch.Tensor = module(**given).loss
+        return value
+
+    optimizer: Callable[..., torch.optim.Optimizer] = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)  # noqa: E731
+    return Workload(model=model, inputs=inputs, loss=loss, optimizer=optimizer)

@@ -16,20 +16,21 @@ from kernel_pytorch.errors import CandidateError
 @pytest.fixture
 def made():
     torch.manual_seed(0)
-    hidden, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((37, 8), (11, 8), (11,)))
-    labels = torch.randint(0, 11, (37,))
+    hidden, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((40, 8), (11, 8), (11,)))
+    labels = torch.randint(0, 11, (40,))
     labels[3] = -100
     return hidden, weight, bias, labels
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("rows", [1, 10, 37, 500])
-def test_loss_and_gradients_are_those_of_cross_entropy(made, reduction, smoothing, rows):
+@pytest.mark.parametrize("rows", [1, 10, 13, 500])
+@pytest.mark.parametrize("spread", [False, True])
+def test_loss_and_gradients_are_those_of_cross_entropy(made, reduction, smoothing, rows, spread):
     hidden, weight, bias, labels = made
     options = {"reduction": reduction, "label_smoothing": smoothing}
     want = functional.cross_entropy(functional.linear(hidden, weight, bias), labels, **options)
-    got = chunked_cross_entropy(hidden, weight, labels, bias=bias, rows=rows, **options)
+    got = chunked_cross_entropy(hidden, weight, labels, bias=bias, rows=rows, spread=spread, **options)
     torch.testing.assert_close(got, want)
     for one, two in zip(*(torch.autograd.grad(3 * x, (hidden, weight, bias)) for x in (got, want)), strict=True):
         torch.testing.assert_close(one, two)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kernel_pytorch.advanced_memory.recompute import Results, recompute
+from kernel_pytorch.advanced_memory.recompute import Recomputed, Results, recompute
 from kernel_pytorch.advanced_memory.recompute_blocks import RecomputeBlocks
 from kernel_pytorch.core.program import begin, restore, ship
 from kernel_pytorch.core.types import Mode, Step
@@ -44,11 +44,12 @@ def run(call, module, x, shift):
 KEEPS = [(), ("attention:0",), ("product:0",), ("product:1", "attention:0"), ("product:9",)]
 
 
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("keep", KEEPS)
-def test_values_and_gradients_are_the_plain_ones_bit_for_bit(block, keep):
+def test_values_and_gradients_are_the_plain_ones_bit_for_bit(block, keep, spread):
     x, shift = torch.randn(2, 5, 16, requires_grad=True), torch.randn(16, requires_grad=True)
     plain = run(block, block, x, shift)
-    again = run(lambda *a, **k: recompute(block, keep, *a, **k), block, x, shift)
+    again = run(Recomputed(block, keep, spread=spread), block, x, shift)
     for one, two in zip(plain, again, strict=True):
         assert torch.equal(one, two)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -26,15 +25,7 @@ def hold_apart(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         held: list[torch.Tensor] = torch.ops.tpu._optimization_barrier(given)  # noqa: SLF001
         return list(held)
     if kind == "xla":
-        return _of_pytorch_xla(given)
+        from kernel_pytorch.backends.tpu.torch_xla import optimization_barrier
+
+        return optimization_barrier(given)
     return given
-
-
-def _of_pytorch_xla(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """PyTorch/XLA's barrier writes in place, to a list: it gets aliases of its own."""
-    import torch_xla  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
-    backend: Any = torch_xla._XLAC  # noqa: SLF001
-    held = [t.view_as(t) for t in tensors]
-    backend._xla_optimization_barrier_(held)
-    return held

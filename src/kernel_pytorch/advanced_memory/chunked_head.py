@@ -19,10 +19,11 @@ _ROWS = 512
 
 
 class ChunkedHead:
-    """`rows=N`: the loss sees its cross-entropy of a linear layer's logits computed by chunks of N rows.
+    """`rows=N, spread=BOOL`: the loss sees its cross-entropy of a linear layer's logits computed by chunks of N rows.
 
-    The loss itself stays the user's function. What the layer computed besides is dead code, which a compiler of the
-    step drops; where none does, memory is not saved.
+    With `spread`, each chunk takes rows from all over the batch, which lies spread over devices. The loss itself stays
+    the user's function. What the layer computed besides is dead code, which a compiler of the step drops; where none
+    does, memory is not saved.
     """
 
     name = "chunked_loss"
@@ -64,7 +65,7 @@ class ChunkedHead:
             raise CandidateError(f"{step}: rows must be 1 or more")
         before = program.loss
         program.undo.append(lambda: setattr(program, "loss", before))
-        program.loss = _Chunked(before or model_loss, rows, step)
+        program.loss = _Chunked(before or model_loss, rows, step, spread=bool(step.params.get("spread", False)))
         return program
 
     def source(self, step: Step) -> str:
@@ -82,13 +83,14 @@ class ChunkedHead:
 class _Chunked:
     """A loss under `ChunkedLogits`, which must find what it replaces."""
 
-    def __init__(self, loss: Callable[[Any, Any], torch.Tensor], rows: int, step: Step) -> None:
+    def __init__(self, loss: Callable[[Any, Any], torch.Tensor], rows: int, step: Step, *, spread: bool) -> None:
         self.loss = loss
+        self.spread = spread
         self.rows = rows
         self.step = step
 
     def __call__(self, model: Any, batch: Any) -> torch.Tensor:
-        mode = ChunkedLogits(self.rows)
+        mode = ChunkedLogits(self.rows, spread=self.spread)
         with mode:
             loss = self.loss(model, batch)
         if not mode.replaced:

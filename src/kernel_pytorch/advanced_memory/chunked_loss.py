@@ -8,6 +8,7 @@ are computed in the forward, while the logits are there: three matrix products i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def chunked_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    spread: bool = False,
 ) -> torch.Tensor:
     """Return `F.cross_entropy((hidden @ weight.T + bias).float(), labels)` without all logits at once.
 
@@ -39,16 +41,40 @@ def chunked_cross_entropy(
         ignore_index: Label of rows that have no loss and no gradient.
         label_smoothing: As of `F.cross_entropy`.
         reduction: `mean` over the rows that count, or `sum`.
+        spread: Rows lie spread over devices (`rows_mark`): a chunk takes every n-th row, so that each device has its
+            share of every chunk; `T` must then be a multiple of the number of chunks, or they are taken in order.
 
     Returns:
         A scalar in fp32 (fp64 of fp64).
     """
     assert reduction in ("mean", "sum"), reduction
     assert rows > 0, rows
-    options = (rows, ignore_index, label_smoothing, reduction == "mean")
+    options = (_parts(len(hidden), rows, spread), ignore_index, label_smoothing, reduction == "mean")
     with torch.autocast(hidden.device.type, enabled=False):
         loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, *options)
     return loss
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """How rows are cut into chunks: in order, or (`strided`) every n-th row to one."""
+
+    rows: int
+    count: int
+    strided: bool
+
+    def cut(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        if self.strided:
+            return list(tensor.unflatten(0, (-1, self.count)).unbind(1))
+        return list(tensor.split(self.rows))
+
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(parts, 1).flatten(0, 1) if self.strided else torch.cat(parts)
+
+
+def _parts(length: int, rows: int, spread: bool) -> _Parts:  # noqa: FBT001
+    count = max(1, -(-length // rows))
+    return _Parts(rows, count, spread and length % count == 0)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -59,7 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
-        rows: int,
+        parts: _Parts,
         ignore_index: int,
         smoothing: float,
         mean: bool,  # noqa: FBT001
@@ -72,13 +98,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         sums += [torch.zeros(weight.shape, dtype=wide, device=weight.device)] if needs[1] else []
         sums += [torch.zeros(weight.shape[:1], dtype=wide, device=weight.device)] if needs[2] else []
         slopes: list[torch.Tensor] = []
-        for start in range(0, len(hidden), rows):
-            part = slice(start, min(start + rows, len(hidden)))
-            x = hidden[part]
-            if start:
+        cuts = zip(parts.cut(hidden), parts.cut(labels), parts.cut(counted), strict=True)
+        for i, (rows, targets, known) in enumerate(cuts):
+            x = rows
+            if i:
                 x, *sums = hold_apart([x, *sums])
+            if parts.strided:
+                (x,) = hold_apart([x])
             logits = torch.nn.functional.linear(x, weight, bias).to(wide)
-            loss, slope = _loss_and_slope(logits, labels[part], counted[part], smoothing)
+            loss, slope = _loss_and_slope(logits, targets, known, smoothing)
             sums[0] = sums[0] + loss
             slope = (slope * scale).to(hidden.dtype)
             if needs[0]:
@@ -87,7 +115,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 sums[1] = sums[1] + (slope.t() @ x).to(wide)
             if needs[2]:
                 sums[-1] = sums[-1] + slope.to(wide).sum(0)
-        grads: list[torch.Tensor | None] = [torch.cat(slopes) if needs[0] else None]
+        grads: list[torch.Tensor | None] = [parts.join(slopes) if needs[0] else None]
         grads.append(sums[1].to(weight.dtype) if needs[1] else None)
         grads.append(sums[-1].to(weight.dtype) if needs[2] else None)
         ctx.save_for_backward(*grads)

@@ -46,6 +46,7 @@ class ChunkedLogits(TorchFunctionMode):
 
     Args:
         rows: Rows of a chunk.
+        spread: Whether rows lie spread over devices; see `chunked_cross_entropy`.
 
     Attributes:
         replaced: How many losses were.
@@ -53,9 +54,10 @@ class ChunkedLogits(TorchFunctionMode):
         seen: Rows of the logits of each that was.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, *, spread: bool = False) -> None:
         super().__init__()
         self.rows = rows
+        self.spread = spread
         self.replaced = 0
         self.passed = ""
         self.seen: list[int] = []
@@ -122,6 +124,7 @@ class ChunkedLogits(TorchFunctionMode):
             labels,
             bias=known.bias,
             rows=self.rows,
+            spread=self.spread,
             ignore_index=values["ignore_index"],
             label_smoothing=values["label_smoothing"],
             reduction=values["reduction"],

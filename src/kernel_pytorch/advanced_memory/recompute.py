@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernel_pytorch.advanced_memory.barrier import hold_apart
 from kernel_pytorch.core.program import plain_call
 
-__all__ = ["RANDOM", "Results", "kind_of", "recompute"]
+__all__ = ["RANDOM", "Recomputed", "Results", "kind_of", "recompute"]
 
 RANDOM = "random"
 _KEPT = object()
@@ -82,7 +82,12 @@ class Results(TorchDispatchMode):
 
 
 def recompute(module: nn.Module, keep: Collection[str], *args: Any, **kwargs: Any) -> Any:
-    """Return `module(*args, **kwargs)`; between forward and backward only its inputs and what is kept stay in memory.
+    """Return `Recomputed(module, keep)(*args, **kwargs)`."""
+    return Recomputed(module, keep)(*args, **kwargs)
+
+
+class Recomputed:
+    """A call of a module; between forward and backward only its inputs and what is kept stay in memory.
 
     Gradients are those of the plain call: equal operators on equal values.
 
@@ -91,29 +96,61 @@ def recompute(module: nn.Module, keep: Collection[str], *args: Any, **kwargs: An
             runs, hooks included, once in the forward and once in the backward.
         keep: Names of results to keep (`attention:0`, `product:2`; see `Results`), of one call. What draws random
             numbers is kept always.
-        args: Tensors in any nesting (pytrees), and other values.
-        kwargs: The same.
+        spread: Parameters lie spread over devices: they are gathered when the module's inputs are there, not before,
+            and in the dtype the module computes in.
     """
-    inputs, spec = pytree.tree_flatten((args, kwargs))
-    named = {f"module.{name}": p for name, p in module.named_parameters()}
-    places = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)]
-    tensors = [inputs[i] for i in places] + [_master(p) for p in named.values()]
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
-        return plain_call(module)(*args, **kwargs)
 
-    def run(given: list[torch.Tensor]) -> Any:
-        leaves = list(inputs)
-        for place, tensor in zip(places, given, strict=False):
-            leaves[place] = tensor
-        own_args, own_kwargs = pytree.tree_unflatten(leaves, spec)
-        state = {
-            name: tensor.to(p.dtype) for (name, p), tensor in zip(named.items(), given[len(places) :], strict=True)
-        }
-        return torch.func.functional_call(_Plain(module), state, own_args, own_kwargs)
+    def __init__(self, module: nn.Module, keep: Collection[str] = (), *, spread: bool = False) -> None:
+        self.module = module
+        self.keep = frozenset(keep)
+        self.spread = spread
 
-    call = _Call(run, frozenset(keep))
-    flat = _Recompute.apply(call, *tensors)
-    return pytree.tree_unflatten(list(flat), call.spec)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module.
+
+        Args:
+            args: Tensors in any nesting (pytrees), and other values.
+            kwargs: The same.
+        """
+        module = self.module
+        inputs, spec = pytree.tree_flatten((args, kwargs))
+        named = {f"module.{name}": p for name, p in module.named_parameters()}
+        places = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)]
+        tensors = [inputs[i] for i in places] + [_master(p) for p in named.values()]
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+            return plain_call(module)(*args, **kwargs)
+
+        def run(given: list[torch.Tensor]) -> Any:
+            fed, masters = given[: len(places)], given[len(places) :]
+            weights = [m.to(p.dtype) for m, p in zip(masters, named.values(), strict=True)]
+            if self.spread:
+                held = _Held.apply(*fed, *weights)
+                fed, weights = list(held[: len(fed)]), list(held[len(fed) :])
+            leaves = list(inputs)
+            for place, tensor in zip(places, fed, strict=True):
+                leaves[place] = tensor
+            own_args, own_kwargs = pytree.tree_unflatten(leaves, spec)
+            return torch.func.functional_call(
+                _Plain(module), dict(zip(named, weights, strict=True)), own_args, own_kwargs
+            )
+
+        call = _Call(run, self.keep)
+        flat = _Recompute.apply(call, *tensors)
+        return pytree.tree_unflatten(list(flat), call.spec)
+
+
+class _Held(torch.autograd.Function):
+    """`hold_apart` with gradients, which pass as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        del ctx
+        return tuple(hold_apart(tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        del ctx
+        return grads
 
 
 def _master(parameter: torch.Tensor) -> torch.Tensor:

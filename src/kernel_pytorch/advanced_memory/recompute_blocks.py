@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from kernel_pytorch.advanced_memory.recompute import recompute
+from kernel_pytorch.advanced_memory.recompute import Recomputed
 from kernel_pytorch.core.blocks import blocks_of
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
@@ -19,10 +19,11 @@ _FEWEST = 2
 
 
 class RecomputeBlocks:
-    """`block=CLASS, keep=NAMES, plain=N`: blocks of a class keep inputs and named results, and recompute the rest.
+    """`block=CLASS, keep=NAMES, plain=N, spread=BOOL`: blocks keep inputs and named results, and recompute the rest.
 
     `keep` is a comma-separated list of names as `recompute.Results` gives them (`attention:0,product:3`), or empty.
     The last `plain` blocks keep everything: their backward comes first, when what they would recompute is there still.
+    `spread` says that parameters lie spread over devices (`recompute.Recomputed`).
     """
 
     name = "recompute"
@@ -59,7 +60,7 @@ class RecomputeBlocks:
         return 1.0
 
     def apply(self, program: Program, step: Step) -> Program:
-        """Route the call of each block through `recompute`, in the slot that `nn.Module.compile` uses."""
+        """Route the call of each block through `Recomputed`, in the slot that `nn.Module.compile` uses."""
         name = str(step.params.get("block", ""))
         keep = tuple(filter(None, str(step.params.get("keep", "")).split(",")))
         blocks = blocks_of(program.model, name)
@@ -71,7 +72,7 @@ class RecomputeBlocks:
             raise CandidateError(f"{step} cannot follow a step that compiled the blocks")
         for block in blocks[: len(blocks) - int(step.params.get("plain", 0))]:
             program.undo.append(lambda block=block: _set_call(block, None))  # type: ignore[misc]
-            _set_call(block, _recomputed(block, keep))
+            _set_call(block, Recomputed(block, keep, spread=bool(step.params.get("spread", False))))
         return program
 
     def source(self, step: Step) -> str:
@@ -85,13 +86,6 @@ class RecomputeBlocks:
             "whole step undoes it",
             fix="keep using the plan with kernel_pytorch, or optimise without recompute",
         )
-
-
-def _recomputed(block: nn.Module, keep: tuple[str, ...]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return recompute(block, keep, *args, **kwargs)
-
-    return run
 
 
 def _set_call(block: nn.Module, call: Any) -> None:

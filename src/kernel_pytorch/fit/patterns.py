@@ -146,7 +146,17 @@ def _order(found: Survey, most: float, *, smallest: bool, spread: bool) -> list[
 
 
 def _spread(candidate: Candidate, block: str) -> Candidate:
-    return Candidate((*candidate.steps, Step("shard", {"parameters": "sharded", "rows": block})))
+    """Return a candidate's steps for a step that lies on several devices, and the step that lays it there."""
+    steps = []
+    for step in candidate.steps:
+        params = dict(step.params)
+        if step.transform in ("chunked_loss", "recompute"):
+            params["spread"] = True
+        if step.transform == "recompute":
+            # What the last block keeps counts on every device, and a device's share of the rest is small.
+            params["plain"] = 0
+        steps.append(Step(step.transform, params))
+    return Candidate((*steps, Step("shard", {"parameters": "sharded", "rows": block})))
 
 
 def _compiled(build: Build, topology: Topology, name: str) -> Tried:

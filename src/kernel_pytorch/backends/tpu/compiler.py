@@ -143,15 +143,21 @@ def _options(xla_client: Any, partitions: int) -> Any:
 
 
 def _shard(module: Any, shardings: Sequence[str]) -> None:
+    """Annotate the arguments, and each result that takes an argument's memory alike; other results are whole."""
     from jaxlib.mlir import ir
 
     main = next(op for op in module.body.operations if getattr(op, "name", None) and op.name.value == "main")
     given = list(main.arg_attrs)
+    results = ["{replicated}"] * len(main.type.results)
     for i, sharding in enumerate(shardings):
         attributes = {named.name: named.attr for named in given[i]}
         attributes["mhlo.sharding"] = ir.StringAttr.get(sharding)
         given[i] = ir.DictAttr.get(attributes)
+        if (output := attributes.get("tf.aliasing_output")) is not None:
+            results[ir.IntegerAttr(output).value] = sharding
     main.arg_attrs = given
+    named = [ir.DictAttr.get({"mhlo.sharding": ir.StringAttr.get(sharding)}) for sharding in results]
+    main.attributes["res_attrs"] = ir.ArrayAttr.get(named)
 
 
 def _refused(error: Exception, topology: Topology, seconds: float) -> Compiled:

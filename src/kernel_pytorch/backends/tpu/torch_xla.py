@@ -22,7 +22,7 @@ from kernel_pytorch.errors import KptError
 if TYPE_CHECKING:
     from kernel_pytorch.hardware.tpu.installed import Installed
 
-__all__ = ["TorchXla", "load_torch_xla"]
+__all__ = ["TorchXla", "load_torch_xla", "optimization_barrier"]
 
 
 class TorchXla:
@@ -52,9 +52,7 @@ class TorchXla:
 
     def barrier(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the tensors behind `opt-barrier`; gradients do not pass it, the given tensors stay as they are."""
-        held = [tensor.detach().clone() for tensor in tensors]
-        self._model.optimization_barrier_(held)
-        return held
+        return optimization_barrier(tensors)
 
     def memory(self) -> Memory | None:
         """Return the memory of the chip; `None` under emulation, and where the peak is older than `reset_peak`.
@@ -111,6 +109,13 @@ class TorchXla:
     def seed(self, seed: int) -> None:
         """Seed the device's random numbers."""
         self._xla.manual_seed(seed, str(self.device))
+
+
+def optimization_barrier(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return equal tensors of an `xla` device behind one `opt-barrier`; gradients do not pass it."""
+    held = [tensor.detach().clone() for tensor in tensors]
+    importlib.import_module("torch_xla.core.xla_model").optimization_barrier_(held)
+    return held
 
 
 def load_torch_xla(found: Installed) -> TorchXla:
