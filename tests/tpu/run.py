@@ -72,7 +72,8 @@ def environment(runtime: str, *, chip: bool) -> dict[str, str]:
 
 def has_chip(python: Path) -> bool:
     """Return whether a TPU can be reached from this machine."""
-    return subprocess.run([str(python), "-c", _FIND_CHIP], check=False).returncode == 0
+    env = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    return subprocess.run([str(python), "-c", _FIND_CHIP], env=env, check=False).returncode == 0
 
 
 def tests(runtime: str, python: Path, out: Path, *, chip: bool, short: bool, extra: list[str]) -> int:

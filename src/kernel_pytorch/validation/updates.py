@@ -89,7 +89,7 @@ def _ratio(got: torch.Tensor, want: torch.Tensor, before: torch.Tensor, steps: i
     ulp = steps * _ULPS * torch.finfo(want.dtype).eps
     allowed = _REORDERED * moved.clamp(min=float(typical) * _NEAR_ZERO) + ulp * rows(before).norm(dim=1)
     ratio = torch.where(off == 0, torch.zeros_like(off), off / allowed)
-    return float(ratio.nan_to_num(math.inf).max())
+    return float(ratio.cpu().nan_to_num(math.inf).max())  # XLA takes no infinity here
 
 
 def _stepped(model: nn.Module, optimizer: torch.optim.Optimizer, gradients: Gradients, steps: int) -> str:
