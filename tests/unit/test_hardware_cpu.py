@@ -73,7 +73,8 @@ def test_auto_falls_back_to_the_cpu_where_there_is_no_gpu(monkeypatch):
         ("cuda:first", "must be a number"),
     ],
 )
-def test_a_device_that_is_not_there_is_one_clear_line_with_a_fix(device, message):
+def test_a_device_that_is_not_there_is_one_clear_line_with_a_fix(device, message, monkeypatch):
+    monkeypatch.delenv("KPT_TPU_EMULATE", raising=False)
     with pytest.raises(KptError, match=message) as caught:
         detect(device)
     assert "\n" not in str(caught.value)

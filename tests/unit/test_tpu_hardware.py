@@ -21,7 +21,8 @@ def host(tmp_path, monkeypatch):
     """Plant a host's PCI devices and device files, with TorchTPU installed and no hint in the environment."""
     for name in [n for n in os.environ if n.startswith("TPU_")]:
         monkeypatch.delenv(name)
-    monkeypatch.delenv("KPT_TPU_EMULATE", raising=False)
+    for name in ("KPT_TPU_EMULATE", "KPT_TPU_RUNTIME", "KPT_TPU_PJRT_PLUGIN"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(probe, "ROOT", tmp_path)
     monkeypatch.setattr(installed, "version_of", lambda name: {"torch-tpu": "0.2.0", "libtpu": "0.0.52"}.get(name, ""))
 
@@ -130,10 +131,10 @@ def test_a_chip_without_a_runtime_says_what_to_install(host, monkeypatch):
 
 
 def test_the_runtime_is_torch_tpu_before_torch_xla_and_may_be_named(monkeypatch):
-    monkeypatch.delenv("KPT_TPU_EMULATE", raising=False)
-    monkeypatch.setattr(
-        installed, "version_of", lambda name: {"torch-tpu": "0.2.0", "torch-xla": "2.9.0"}.get(name, "")
-    )
+    for name in ("KPT_TPU_EMULATE", "KPT_TPU_RUNTIME"):
+        monkeypatch.delenv(name, raising=False)
+    versions = {"torch-tpu": "0.2.0", "torch-xla": "2.9.0"}
+    monkeypatch.setattr(installed, "version_of", lambda name: versions.get(name, ""))
     assert installed.runtime().label == "torch_tpu 0.2.0"
     monkeypatch.setenv("KPT_TPU_RUNTIME", "torch_xla")
     assert installed.runtime().label == "torch_xla 2.9.0"
