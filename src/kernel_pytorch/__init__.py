@@ -94,6 +94,8 @@ def optimize(
     model: nn.Module | Workload | str,
     example_inputs: Any = None,
     config: KernelPyTorchConfig | None = None,
+    *,
+    device: str | None = None,
     **changes: Any,
 ) -> Result:
     """Find the fastest faithful version of a model on this machine.
@@ -105,6 +107,7 @@ def optimize(
         model: A module, a `Workload`, or a target string as the command line takes it.
         example_inputs: With a module: a tensor, a tuple of arguments, a dict of keyword arguments, or `(args, kwargs)`.
         config: What to ask for; also accepted as the second argument after a `Workload` or a target.
+        device: Where, as `kp.detect` takes it: `cpu`, `cuda:1`, `tpu`; `None` is the machine's best.
         **changes: Fields of the configuration to change, e.g. `budget_s=60`.
 
     Returns:
@@ -129,10 +132,11 @@ def optimize(
     if isinstance(model, Workload):
         if example_inputs is not None:
             raise InputsError("a Workload and a target bring their inputs; example_inputs is for a module")
-        return UnifiedManager(chosen).optimize(model)
+        return UnifiedManager(chosen, device=device).optimize(model)
     if example_inputs is None:
         raise InputsError(f"no example inputs for the {type(model).__name__}", fix="kp.optimize(model, example_inputs)")
-    return UnifiedManager(chosen).optimize(as_workload((model, example_inputs), name=type(model).__name__))
+    workload = as_workload((model, example_inputs), name=type(model).__name__)
+    return UnifiedManager(chosen, device=device).optimize(workload)
 
 
 def __getattr__(name: str) -> Any:

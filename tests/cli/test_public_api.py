@@ -63,11 +63,11 @@ def test_optimize_accepts_all_three_forms(monkeypatch, tmp_path):
     seen = []
 
     class Manager:
-        def __init__(self, config):
-            self.config = config
+        def __init__(self, config, *, device=None):
+            self.config, self.device = config, device
 
         def optimize(self, workload):
-            seen.append((workload, self.config))
+            seen.append((workload, self.config, self.device))
             return "result"
 
     monkeypatch.setattr(unified_manager, "UnifiedManager", Manager)
@@ -76,8 +76,9 @@ def test_optimize_accepts_all_three_forms(monkeypatch, tmp_path):
     config = kp.KernelPyTorchConfig.for_production()
     assert kp.optimize(model, x, budget_s=5) == "result"
     assert kp.optimize(kp.Workload(lambda: model, lambda: x), config) == "result"
-    assert kp.optimize(f"{tmp_path}/m.py:f", config, seed=3) == "result"
+    assert kp.optimize(f"{tmp_path}/m.py:f", config, device="tpu", seed=3) == "result"
     assert seen[0][0].model() is model
     assert seen[0][1].budget_s == 5
     assert seen[1][1] == config
     assert seen[2][1] == config.but(seed=3)
+    assert [device for _, _, device in seen] == [None, None, "tpu"]
