@@ -73,6 +73,9 @@ def test_one_graph_a_bucket_is_compiled_and_none_again(child):
     assert all(found["bucketed"]["right"])
     assert found["bucketed"]["graphs"] == 2, "buckets of 8 and 16 for six sizes"
     assert found["bucketed"]["again"] == 0
+    assert all(found["with its buckets"]["right"])
+    assert found["with its buckets"]["graphs"] == 4, "1, 4, 8 and 16 rows for six sizes"
+    assert found["with its buckets"]["again"] == 0
     assert all(found["each shape"]["right"])
     assert found["each shape"]["graphs"] == 3, "without buckets, one for each size"
 

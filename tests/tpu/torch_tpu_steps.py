@@ -109,15 +109,14 @@ def run_buckets() -> dict[str, object]:
     model = manager.place(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval())
     compile_step = Step("compile", {"backend": manager.runtime.compile_backend})
     found: dict[str, object] = {}
-    for name, steps in {
-        "bucketed": (compile_step, Step("bucketing", {"dims": "batch", "buckets": "8,16"})),
-        "each shape": (compile_step,),
-    }.items():
+    for name, steps, sizes in (
+        ("bucketed", (compile_step, Step("bucketing", {"dims": "batch", "buckets": "8,16"})), (3, 5, 8, 9, 16, 1)),
+        ("with its buckets", (Step("compile", {**compile_step.params, "buckets": "batch"}),), (3, 5, 8, 9, 16, 1)),
+        ("each shape", (compile_step,), (3, 5, 8)),
+    ):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        inputs = {
-            n: manager.place(torch.randn(n, 8)) for n in ((3, 5, 8, 9, 16, 1) if name == "bucketed" else (3, 5, 8))
-        }
+        inputs = {n: manager.place(torch.randn(n, 8)) for n in sizes}
         calls = {str(n): Call((x,)) for n, x in inputs.items()}
         program = apply_candidate(begin(clone_model(model), Mode.INFERENCE, calls), Candidate(steps))
         shipped = ship(program, model)
