@@ -132,6 +132,11 @@ def detect(**options: Any) -> int:
 @_device
 @_choice
 @_seed
+@click.option(
+    "--float8",
+    metavar="ARCH",
+    help="Also foresee, layer by layer, what training in FP8 would do on a GPU architecture, here or not: sm_90.",
+)
 @_trust_code
 @_format
 def predict(**options: Any) -> int:

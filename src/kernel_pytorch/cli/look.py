@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kernel_pytorch.cli.output import emit, quiet_stdout
+
+if TYPE_CHECKING:
+    from kernel_pytorch.core.workload import Workload
+    from kernel_pytorch.precision.forecast import Forecast
 
 __all__ = ["detect", "predict"]
 
@@ -47,8 +51,10 @@ def detect(*, form: str, device: str = "auto") -> int:
     return 1 if fixable else 0
 
 
-def predict(*, target: str, mode: str, form: str, device: str = "auto", **options: Any) -> int:
-    """Print where the time goes and what each optimisation could gain at most."""
+def predict(
+    *, target: str, mode: str, form: str, device: str = "auto", float8: str | None = None, **options: Any
+) -> int:
+    """Print where the time goes and what each optimisation could gain at most; with `float8` also what FP8 would do."""
     from kernel_pytorch.cli.search import make_config
 
     with quiet_stdout():
@@ -62,19 +68,34 @@ def predict(*, target: str, mode: str, form: str, device: str = "auto", **option
         if one_process(manager.hardware_manager):
             manager.hardware_manager.synchronize()  # its runtime is loaded before the target, which may name the device
         workload = load_target(target, trust_remote_code=config.trust_remote_code)
+        foreseen = None if float8 is None else _foreseen(workload, float8)
         spec, prediction, proposals = manager.predict(workload)
 
     def data() -> dict[str, Any]:
-        return {
+        found = {
             "workload": plain(spec),
             "prediction": plain(prediction),
             "skipped": plain(proposals.skipped),
         }
+        if foreseen is not None:
+            found["float8"] = {**plain(foreseen), "answer": foreseen.answer, "kind": "prediction"}
+        return found
 
     def text(console: Any) -> None:
         from kernel_pytorch.report.text import render_prediction
 
         render_prediction(spec, prediction, proposals.skipped, console)
+        if foreseen is not None:
+            console.print()
+            console.print(str(foreseen), markup=False, highlight=False)
 
     emit(form, data, text)
     return 0
+
+
+def _foreseen(workload: Workload, arch: str) -> Forecast:
+    """Return what FP8 would do for the linear layers of a workload on an architecture that need not be here."""
+    from kernel_pytorch.precision.forecast import forecast
+
+    case = max(workload.weights, key=lambda name: workload.weights[name])
+    return forecast(workload.model(), workload.call(case, 0), arch=arch)

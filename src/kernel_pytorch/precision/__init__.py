@@ -3,6 +3,7 @@
 from kernel_pytorch.precision.blocks import BLOCK_RECIPES, BlockRecipe
 from kernel_pytorch.precision.convert import convert, report, restore
 from kernel_pytorch.precision.fallback import fall_back
+from kernel_pytorch.precision.forecast import forecast
 from kernel_pytorch.precision.linear import Float8Linear, swap_linears
 from kernel_pytorch.precision.monitor import Bounds, Float8FallbackWarning, Monitor
 from kernel_pytorch.precision.recipes import RECIPES, Recipe, Scaling
@@ -22,6 +23,7 @@ __all__ = [
     "convert",
     "fall_back",
     "follow_weights",
+    "forecast",
     "hold_weights",
     "load_state",
     "report",

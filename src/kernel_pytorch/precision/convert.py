@@ -28,7 +28,7 @@ from kernel_pytorch.precision.mlp import fusible, restore_mlp, swap_mlp
 from kernel_pytorch.precision.observe import Seen, alike, observe
 from kernel_pytorch.precision.recipes import RECIPES, Recipe, recipe_named
 
-__all__ = ["LayerReport", "Report", "convert", "report", "restore", "swap_model", "swapped", "undo"]
+__all__ = ["LayerReport", "Report", "convert", "grouped", "report", "restore", "swap_model", "swapped", "undo"]
 
 _REPORT = "_float8_report"
 _AUTO = ("tensorwise_delayed", "tensorwise_current", "rowwise")
@@ -258,6 +258,14 @@ def _units(model: nn.Module, layers: list[nn.Linear], seen: Seen | None, recipe:
             units.append(_Unit(rest))
     taken = {id(m) for unit in units for m in unit.layers}
     return units + [_Unit([m]) for m in layers if id(m) not in taken]
+
+
+def grouped(model: nn.Module, layers: list[nn.Linear], seen: Seen | None, recipe: Recipe) -> list[list[nn.Linear]]:
+    """Return the layers as they would run: those that read the same tensor together, of a gated MLP gate and up."""
+    groups = []
+    for unit in _units(model, layers, seen, recipe):
+        groups += [unit.layers] if unit.mlp is None else [unit.layers[:2], unit.layers[2:]]
+    return groups
 
 
 def _chosen(unit: _Unit, seen: Seen | None, tokens: int, recipes: Sequence[Recipe]) -> list[_Unit]:
