@@ -64,7 +64,9 @@ def render(runtimes: Mapping[str, list[Result]]) -> str:
                 by_place: dict[str, list[str]] = defaultdict(list)
                 for result in which:
                     by_place[result.place].append(result.name)
-                lines += [f"  - {place}: {', '.join(names)}" for place, names in sorted(by_place.items())]
+                for place, names in sorted(by_place.items()):
+                    whole = len(names) > 1 and len(names) == sum(r.place == place for r in results)
+                    lines.append(f"  - {place}: {f'all {len(names)}' if whole else ', '.join(names)}")
     return "\n".join(lines) + "\n"
 
 

@@ -79,8 +79,10 @@ def has_chip(python: Path) -> bool:
 def tests(runtime: str, python: Path, out: Path, *, chip: bool, short: bool, extra: list[str]) -> int:
     """Run the tests of a runtime, and write their results as JUnit XML; return pytest's exit code."""
     marks = "not slow" if short else ""
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / f'{runtime}.xml'}"]
-    where = [*DEVICE_TESTS, *(AHEAD_OF_TIME if runtime == "torch_tpu" else ())]
+    command = [str(python), "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
+    command += [f"--junitxml={out / f'{runtime}.xml'}"]
+    where = [place for place in DEVICE_TESTS if not short or place != "tests/gpu"]
+    where += AHEAD_OF_TIME if runtime == "torch_tpu" else ()
     command += [*where, "-k", OTHER_VENDORS, *(("-m", marks) if marks else ()), *extra]
     return subprocess.run(command, cwd=ROOT, env=environment(runtime, chip=chip), check=False).returncode
 
@@ -89,7 +91,7 @@ def host_tests(python: Path, out: Path, extra: list[str]) -> int:
     """Run the quick tests of the CPU with the torch that PyTorch/XLA needs; return pytest's exit code."""
     print("On torch 2.9 these host tests are left out:", *(f"- {k}: {v}" for k, v in NOT_THERE.items()), sep="\n")
     left_out = [f"--ignore={name}" if name.endswith(".py") else f"--deselect={name}" for name in NOT_THERE]
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / 'host.xml'}"]
+    command = [str(python), "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", f"--junitxml={out / 'host.xml'}"]
     command += [*HOST_TESTS, "-m", "not serial and not slow", *left_out, *extra]
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
 
@@ -97,7 +99,7 @@ def host_tests(python: Path, out: Path, extra: list[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=sorted(ENVIRONMENTS), help="one runtime")
-    parser.add_argument("--short", action="store_true", help="TorchTPU alone, and no slow test")
+    parser.add_argument("--short", action="store_true", help="TorchTPU alone, and neither slow tests nor those of CUDA")
     parser.add_argument("--tolerate-unavailable", action="store_true", help="warn where a package cannot be downloaded")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "out" / "tpu")
     arguments, extra = parser.parse_known_args()

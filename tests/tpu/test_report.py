@@ -50,6 +50,13 @@ def test_the_table_counts_by_file_and_lists_every_one_that_could_not_run(results
     assert "on torch_xla:" not in text
 
 
+def test_a_file_of_which_nothing_could_run_for_one_reason_is_one_line():
+    results = [Result("tests/gpu/test_ops.py", f"test_{i}", "could not", "needs a CUDA device") for i in range(9)]
+    text = render({"torch_xla": results})
+    assert "- needs a CUDA device\n  - tests/gpu/test_ops.py: all 9\n" in text
+    assert "test_3" in render({"torch_xla": [*results, Result("tests/gpu/test_ops.py", "test_x", "ran")]})
+
+
 def test_nothing_run_is_said(capsys, tmp_path):
     assert "No test ran" in render({})
     assert main([]) == 2
