@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kernel_pytorch.backends.tpu.steps import StepGraph
 from kernel_pytorch.errors import KptError
@@ -59,8 +60,17 @@ def lower(step: StepGraph) -> bytes:
 
 def _on_device(graph: fx.GraphModule) -> fx.GraphModule:
     """Return a copy whose tensors are made on the TPU: what a model makes on the CPU is a constant of the program."""
+    from torch_tpu._internal.compile import tpu_torch_compile as compiler
+
     copied = fx.GraphModule(graph, graph.graph)
     for node in copied.graph.nodes:
+        if node.op == "get_attr" and isinstance(constant := getattr(graph, node.target, None), torch.Tensor):
+            if isinstance(constant, FakeTensor):
+                raise LoweringError(
+                    f"the model keeps a tensor of shape {tuple(constant.shape)} that is no parameter and no buffer",
+                    fix="register_buffer it",
+                )
+            setattr(copied, node.target, compiler.make_constant_tensor(constant.cpu()))
         if node.op == "call_function" and isinstance(node.kwargs.get("device"), torch.device):
             node.kwargs = {**node.kwargs, "device": torch.device("tpu", 0)}
     return copied

@@ -8,6 +8,7 @@ the step changes are results of the graph: new parameters, buffers and optimizer
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,6 +146,10 @@ def _run(
             output = program.model(*call.args, **call.kwargs)
         return [leaf for leaf in pytree.tree_leaves(_plain(output)) if isinstance(leaf, torch.Tensor)]
     loss = program.step_loss(model_loss)(program.model, batch)
+    if not loss.requires_grad:
+        raise TraceError(
+            "the loss depends on no parameter that requires a gradient, or on none through a traced operator"
+        )
     naming.before_backward(loss)
     trainable = [t for t in held[: state.parameters] if t.requires_grad]
     gradients = torch.autograd.grad(loss.reshape(()), trainable, allow_unused=True)
@@ -162,7 +167,9 @@ def _run(
 def _plain(output: Any) -> Any:
     """Return a tree that pytree reads: a model's output class is a mapping or a dataclass that it may not know."""
     if isinstance(output, Mapping):
-        return dict(output)
+        return {key: _plain(value) for key, value in output.items()}
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return [_plain(getattr(output, part.name)) for part in dataclasses.fields(output)]
     return output
 
 

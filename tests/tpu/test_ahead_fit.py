@@ -1,0 +1,123 @@
+"""Training steps compiled for TPUs that are not here, by the real compiler: memory, names, refusals, kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+from kernel_pytorch import Workload
+from kernel_pytorch.backends.tpu.ahead import Lowered, compile_lowered, lower_program
+from kernel_pytorch.backends.tpu.lowering import LoweringError
+from kernel_pytorch.backends.tpu.packages import Use, blocking
+from kernel_pytorch.backends.tpu.steps import Role
+from kernel_pytorch.backends.tpu.topology import parse_topology
+from kernel_pytorch.core.types import Mode
+from kernel_pytorch.errors import KptError
+from kernel_pytorch.fit.build import Build
+from kernel_pytorch.fit.tpu import fit_tpu, outcome
+
+_MISSING = [name for name in ("torch_tpu", "libtpu", "jax") if importlib.util.find_spec(name) is None]
+_SKIP = blocking(Use.AHEAD_OF_TIME)
+pytestmark = [
+    pytest.mark.skipif(bool(_MISSING), reason=f"not installed: {', '.join(_MISSING)}; make test-tpu installs them"),
+    pytest.mark.skipif(_SKIP is not None, reason=_SKIP.reason if _SKIP is not None else ""),
+]
+
+WIDTH, HIDDEN, ROWS = 512, 4096, 32768
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN, bias=False), nn.Linear(HIDDEN, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.sin(self.up(x)))
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(128, 3 * 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 1, 128)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Decomposes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigvals(self.scale(x)).abs()
+
+
+def mean_square(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).float().square().mean()
+
+
+def build(model: type[nn.Module], *shape: int, batch: int | None = None, mode: Mode = Mode.TRAINING) -> Build:
+    return Build(Workload(model=model, inputs=lambda: torch.zeros(*shape), loss=mean_square), mode, batch=batch)
+
+
+@pytest.fixture(scope="module")
+def lowered() -> Lowered:
+    return lower_program(build(Net, ROWS, WIDTH))
+
+
+def test_the_peak_is_that_of_the_buffer_assignment_and_buffers_have_names(lowered: Lowered) -> None:
+    compiled = compile_lowered(lowered, parse_topology("v5e:1"))
+    assert compiled.fits
+    assert compiled.peak_bytes == pytest.approx(compiled.assigned_bytes, rel=0.02)
+    assert sum(b.bytes for b in compiled.buffers) == pytest.approx(compiled.peak_bytes, rel=0.02)
+    state = sum(a.bytes for a in lowered.arguments if a.donated)
+    assert state == 3 * 2 * 4 * WIDTH * HIDDEN + 2 * 4
+    assert compiled.alias_bytes >= state  # what is replaced takes no new memory
+    largest = max((b for b in compiled.buffers if b.kind == "temporary"), key=lambda b: b.bytes)
+    assert largest.bytes >= 2 * ROWS * HIDDEN
+    assert largest.module.split()[0] in ("up", "Net", "down")
+    assert {b.name for b in compiled.buffers if b.kind == "argument"} >= {"up.weight", "down.weight.exp_avg"}
+
+
+def test_operations_are_those_of_the_step(lowered: Lowered) -> None:
+    product = 2 * ROWS * WIDTH * HIDDEN
+    assert lowered.flops == 5 * product  # two forward, each weight's gradient, and one input's
+    found = outcome(
+        lowered,
+        compile_lowered(lowered, parse_topology("v5p:1"), dump=False),
+        parse_topology("v5p:1"),
+        mode=Mode.TRAINING,
+    )
+    assert found.prediction is not None
+    assert found.prediction.compute_s == pytest.approx(5 * product / 459e12)
+    assert "unverified" in found.prediction.label
+    assert not found.verified
+
+
+def test_what_does_not_fit_is_told_in_the_compilers_words() -> None:
+    found = fit_tpu(build(Net, 16, WIDTH, batch=1 << 21), parse_topology("v5e:1"))
+    assert found.fits is False
+    assert "Ran out of memory" in found.message
+    assert found.needed_bytes > found.capacity_bytes > 15 << 30
+
+
+def test_attention_is_a_mosaic_kernel_that_compiles() -> None:
+    lowered = lower_program(build(Attends, 2, 1024, 128))
+    assert b"tpu_custom_call" in lowered.stablehlo
+    assert compile_lowered(lowered, parse_topology("v5e:1"), dump=False).fits
+
+
+def test_an_operator_without_a_lowering_is_named_with_its_module() -> None:
+    with pytest.raises((LoweringError, KptError), match=r"linalg_eig"):
+        lower_program(build(Decomposes, 8, 8, mode=Mode.INFERENCE))
+
+
+def test_a_forward_has_no_state_to_donate() -> None:
+    lowered = lower_program(build(Net, 8, WIDTH, mode=Mode.INFERENCE))
+    assert {a.role for a in lowered.arguments} == {Role.PARAMETER, Role.BATCH}
+    assert not any(a.donated for a in lowered.arguments)
