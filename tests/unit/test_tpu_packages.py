@@ -246,3 +246,19 @@ def test_what_blocks_is_told_by_detect_and_what_only_costs_is_no_finding(monkeyp
     text = capsys.readouterr().out
     assert "TPU packages" in text
     assert "pip install --no-deps libtpu==0.0.52" in text
+
+
+def test_versions_that_end_a_child_are_told_before_it_starts(monkeypatch):
+    from kernel_pytorch.backends.tpu import ahead, packages
+    from kernel_pytorch.errors import KptError
+
+    def plant(**given):
+        found = Installation(tools=frozenset({"gcc"}), **given)
+        monkeypatch.setattr(packages, "installation", lambda: found)
+
+    plant(versions={**TORCH_TPU, "libtpu": "0.0.50.1"})
+    with pytest.raises(KptError, match=r"libtpu 0\.0\.50\.1 has a version of four parts") as caught:
+        ahead.lower_program(lambda: None)
+    assert caught.value.fix == "pip install --no-deps libtpu==0.0.52"
+    plant(versions={**TORCH_TPU, "jax": "0.10.2"}, lock_holder=4711)
+    ahead._check_packages()  # its children may hold libtpu beside another process

@@ -14,10 +14,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kernel_pytorch.backends.tpu import packages
 from kernel_pytorch.backends.tpu.compiler import Compiled
 from kernel_pytorch.backends.tpu.topology import Topology
 from kernel_pytorch.errors import KptError
@@ -123,6 +124,7 @@ def compile_lowered(
 
 def _in_child(module: str, request: bytes, timeout_s: float) -> Any:
     """Run a worker on a request and return its answer, or raise what it raised."""
+    _check_packages()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kpt-ahead-") as scratch:
         given, answer = Path(scratch, "request"), Path(scratch, "answer")
@@ -152,6 +154,14 @@ def _in_child(module: str, request: bytes, timeout_s: float) -> Any:
     if isinstance(result, BaseException):
         raise result
     return result
+
+
+def _check_packages() -> None:
+    """Raise what would end a child before it says anything: versions that do not go together."""
+    found = replace(packages.installation(), environment=_environment())
+    for problem in packages.problems(found):
+        if packages.Use.AHEAD_OF_TIME in problem.blocks:
+            raise KptError(problem.reason, fix=problem.fix)
 
 
 def _environment() -> dict[str, str]:
