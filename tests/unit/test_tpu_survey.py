@@ -142,7 +142,7 @@ OURS = [t for t in TRANSFORMS if type(t).__module__.startswith("kernel_pytorch.t
 @pytest.mark.parametrize("transform", OURS, ids=lambda t: t.name)
 def test_what_is_for_gpus_or_cpus_says_so(transform):
     """On a TPU no step may need CUDA, Triton, Inductor or oneDNN."""
-    runs = {"causal_mask", "dtype", "precision_policy", "regional_compile", "compile", "bucketing"}
+    runs = {"causal_mask", "dtype", "precision_policy", "regional_compile", "compile", "bucketing", "splash_attention"}
     skip = transform.probe(V5E)
     assert (skip is None) == (transform.name in runs)
     assert skip is None or skip.reason

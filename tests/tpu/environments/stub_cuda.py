@@ -43,7 +43,9 @@ SPECIAL = {
     "cudaGetLastError": "int cudaGetLastError(void) { return 0; }",
     "cudaGetErrorString": 'const char *cudaGetErrorString(int error) { return "stub library: no CUDA device"; }',
     "cudaGetErrorName": 'const char *cudaGetErrorName(int error) { return "cudaErrorNoDevice"; }',
-    "cudnnGetVersion": "unsigned long cudnnGetVersion(void) { return 91002; }",
+    "cudnnGetProperty": (
+        "int cudnnGetProperty(int part, int *value) { *value = part == 0 ? 9 : part == 1 ? 10 : 2; return 0; }"
+    ),
     "cudaDriverGetVersion": "int cudaDriverGetVersion(int *version) { *version = 0; return 0; }",
     "cudaRuntimeGetVersion": "int cudaRuntimeGetVersion(int *version) { *version = 12080; return 0; }",
 }
