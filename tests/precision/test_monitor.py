@@ -12,7 +12,7 @@ from torch import nn
 
 import kernel_pytorch as kp
 from kernel_pytorch.errors import InputsError, ModelError
-from kernel_pytorch.ops.float8_cast import E4M3, E5M2
+from kernel_pytorch.ops.float8_cast import E4M3, E5M2, counting
 from kernel_pytorch.ops.float8_cast.counting import COLUMNS, count_op, switch
 from kernel_pytorch.ops.float8_cast.reference import quantise
 from kernel_pytorch.precision.monitor import Bounds, Float8FallbackWarning, Monitor, Reading
@@ -56,6 +56,17 @@ def test_counts_are_what_the_cast_does(form, by_row) -> None:
     assert counted(x, inverse, form) == want
     assert want[1] > 100
     assert want[2] > 100
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_of_a_large_matrix_rows_evenly_apart_are_counted(by_row, monkeypatch) -> None:
+    monkeypatch.setattr(counting, "_AT_MOST", 160)
+    x = torch.ones(100, 16)
+    x[::10] = 1000.0
+    inverse = torch.ones((100, 1) if by_row else (1,))
+    if by_row:
+        inverse[20] = 1000.0
+    assert counted(x, inverse, E4M3) == [160, 160 - 16 * by_row, 0, 0, 1000.0]
 
 
 def test_half_of_the_least_number_becomes_zero() -> None:

@@ -77,12 +77,13 @@ class Reading:
         step: Optimizer steps before it.
         layer: Path of the site's first layer.
         operand: `input`, `weight` or `gradient`.
-        elements: That were counted; 0 where the operand was not cast, as a weight that has not changed.
+        elements: That were counted, of a large matrix rows that lie evenly apart; 0 where the operand was not cast, as
+            a weight that has not changed.
         saturated: Share of elements.
         flushed: Share of elements that were not zero and became it. Of what a fused gated MLP writes in FP8 at once,
             saturated are those at the limit, and flushed all zeros.
         not_finite: Share of elements.
-        amax: Largest finite magnitude.
+        amax: Largest finite magnitude of what was counted.
     """
 
     step: int

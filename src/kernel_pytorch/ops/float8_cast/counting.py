@@ -1,8 +1,8 @@
 # mypy: disable-error-code="untyped-decorator"
 """Count what a cast to FP8 lost: values that saturated, that became zero, that were not finite.
 
-An operator, so that it stays in compiled code, where the switch is looked at each time it runs. It reads its input once
-more, so that whoever watches a training switches it on for one step in many.
+An operator, so that it stays in compiled code, where the switch is looked at each time it runs. It reads its input, of
+large matrices a part, so that whoever watches a training switches it on for one step in many.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class Column(IntEnum):
 
 
 COLUMNS = len(Column)
-_ROWS_AT_ONCE = 2048
+_AT_MOST = 1 << 20
+"""Elements of a matrix that are counted: of larger ones, rows that lie evenly apart. Plain operators pass over what is
+counted many times, which for all of a large matrix would cost more than its cast."""
 _ON: set[int] = set()
 
 torch.library.define(
@@ -54,23 +56,23 @@ def _count(xs: list[torch.Tensor], inverse: torch.Tensor, dtype: torch.dtype, co
     by_row, stacked = inverse.dim() == 2, len(inverse) == sum(len(x) for x in xs)
     firsts = [sum(len(x) for x in xs[:i]) if stacked else 0 for i in range(len(xs))]
     for x, first in zip(xs, firsts, strict=True):
-        for start in range(0, len(x), _ROWS_AT_ONCE):
-            part = x[start : start + _ROWS_AT_ONCE]
-            back = inverse[first + start : first + start + len(part)] if by_row else inverse
-            if part.dtype is dtype:
-                # What the kernel that made it read is not there: the limit itself counts as saturated, a zero as lost.
-                size = part.to(torch.float32).abs()
-                saturated, flushed, amax = size >= limit, size == 0, size * back
-            else:
-                amax = part.abs().to(torch.promote_types(part.dtype, torch.float32))
-                size = amax / back.to(amax.dtype)
-                # Ties go to even: half of the least number becomes zero.
-                saturated, flushed = size > limit, (size <= _least(dtype) / 2) & (amax > 0)
-            finite = amax.isfinite()
-            sums = [torch.full_like(finite, True), saturated & finite, flushed & finite, ~finite]  # noqa: FBT003
-            counters[: Column.AMAX] += torch.stack([flag.sum() for flag in sums]).to(counters.dtype)
-            most = torch.where(finite, amax, 0.0).amax() if amax.numel() else amax.new_zeros(())
-            counters[Column.AMAX] = torch.maximum(counters[Column.AMAX], most.to(counters.dtype))
+        apart = max(1, x.numel() // _AT_MOST)
+        part = x[::apart]
+        back = inverse[first : first + len(x) : apart] if by_row else inverse
+        if part.dtype is dtype:
+            # What the kernel that made it read is not there: the limit itself counts as saturated, a zero as lost.
+            size = part.to(torch.float32).abs()
+            saturated, flushed, amax = size >= limit, size == 0, size * back
+        else:
+            amax = part.abs().to(torch.promote_types(part.dtype, torch.float32))
+            size = amax / back.to(amax.dtype)
+            # Ties go to even: half of the least number becomes zero.
+            saturated, flushed = size > limit, (size <= _least(dtype) / 2) & (amax > 0)
+        finite = amax.isfinite()
+        sums = [torch.full_like(finite, True), saturated & finite, flushed & finite, ~finite]  # noqa: FBT003
+        counters[: Column.AMAX] += torch.stack([flag.sum() for flag in sums]).to(counters.dtype)
+        most = torch.where(finite, amax, 0.0).amax() if amax.numel() else amax.new_zeros(())
+        counters[Column.AMAX] = torch.maximum(counters[Column.AMAX], most.to(counters.dtype))
     return inverse.clone()
 
 
