@@ -24,7 +24,7 @@ from kernel_pytorch.core.types import DeviceSpec, Mode, Step, TensorSignature
 from kernel_pytorch.core.workload import Call, Workload
 from kernel_pytorch.errors import CandidateError, KptError, ModelError
 from kernel_pytorch.hardware import detect
-from kernel_pytorch.search import jobs
+from kernel_pytorch.search import jobs, operators
 from kernel_pytorch.search.operators import WorkCounter
 from kernel_pytorch.search.profile import estimated_shares
 from kernel_pytorch.transforms import xla_compile
@@ -137,6 +137,19 @@ def test_shares_come_from_operations_and_bytes():
 
 
 OURS = [t for t in TRANSFORMS if type(t).__module__.startswith("kernel_pytorch.transforms.")]
+
+
+def test_operations_of_a_device_that_keeps_linear_and_attention_whole_are_counted():
+    """TorchTPU's operators, by their formulas: those of the same layers on the CPU."""
+    formulas = operators._EXTRA
+    x, weight = torch.ones(2, 4, 8), torch.ones(16, 8)
+    assert formulas["aten.linear"](x, weight, None) == 2 * 2 * 4 * 8 * 16
+    both, none = [True, True, True], [False, True, False]
+    assert formulas["aten.linear_backward"](x, torch.ones(2, 4, 16), weight, both) == 2 * (2 * 2 * 4 * 8 * 16)
+    assert formulas["aten.linear_backward"](x, torch.ones(2, 4, 16), weight, none) == 2 * 2 * 4 * 8 * 16
+    q = torch.ones(1, 2, 4, 8)
+    attention = formulas["aten._scaled_dot_product_fused_attention_overrideable"]
+    assert attention(q, q, q, None, 0.0, True) == 2 * (2 * 2 * 4 * 4 * 8)
 
 
 @pytest.mark.parametrize("transform", OURS, ids=lambda t: t.name)

@@ -63,10 +63,10 @@ class WorkCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         name = str(func.overloadpacket)
         operator = name.partition(".")[2]
         kind = kind_of(name)
-        if func.is_view or (kind == "overhead" and func.overloadpacket not in flop_counter.flop_registry):
+        if func.is_view or (kind == "overhead" and not _has_formula(func)):
             return result
-        if kind == "overhead":
-            kind = "convolution"
+        if kind == "overhead":  # elsewhere these only call others
+            kind = "matmul" if operator == "linear" else "convolution"
         inputs = _plain_tensors((args, kwargs))
         outputs = _plain_tensors(result)
         work = self.work[self.section or kind]
@@ -111,6 +111,10 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def _has_formula(func: Any) -> bool:
+    return func.overloadpacket in flop_counter.flop_registry or str(func.overloadpacket) in _EXTRA
+
+
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> float | None:
     packet = func.overloadpacket
     formula = _EXTRA.get(str(packet)) or flop_counter.flop_registry.get(packet)
@@ -124,17 +128,26 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> float | None:
         return None
 
 
-def _attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return _sdpa_flops(query.shape, *_as_many_heads(query, key, value))
 
 
-def _attention_on_cpu_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return _sdpa_backward_flops(grad.shape, query.shape, *_as_many_heads(query, key, value))
 
 
 def _as_many_heads(query: Any, *others: Any) -> list[tuple[int, ...]]:
     """Return the shapes of keys and values with a head for each of the query's, as grouped ones are used."""
     return [(other.shape[0], query.shape[1], *other.shape[2:]) for other in others]
+
+
+def _linear(one: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * int(one.numel()) * int(weight.shape[0])
+
+
+def _linear_backward(one: Any, grad: Any, weight: Any, wanted: Any, **__: Any) -> int:
+    del grad
+    return _linear(one, weight) * sum(map(bool, wanted[:2]))
 
 
 def _int_mm(one: Any, two: Any, *_: Any, **__: Any) -> int:
@@ -166,8 +179,12 @@ _FUSED_LAYERS = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention
 """Whole layers in one operator, of several classes at once."""
 
 _EXTRA: dict[str, Callable[..., int]] = {
-    "aten._scaled_dot_product_flash_attention_for_cpu": _attention_on_cpu,
-    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _attention_on_cpu_backward,
+    "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "aten._scaled_dot_product_fused_attention_overrideable": _attention,
+    "aten._scaled_dot_product_fused_attention_overrideable_backward": _attention_backward,
+    "aten.linear": _linear,
+    "aten.linear_backward": _linear_backward,
     "aten._int_mm": _int_mm,
     "aten._grouped_mm": _grouped_mm,
     "aten.mkldnn_rnn_layer": _recurrent_layer,
@@ -176,7 +193,8 @@ _EXTRA: dict[str, Callable[..., int]] = {
     "aten.mv": _mv,
     "aten.dot": _mv,
 }
-"""What torch.utils.flop_counter has no formula for, in its convention: a multiply-add is two operations."""
+"""What torch.utils.flop_counter has no formula for, in its convention: a multiply-add is two operations. The first two
+are attention, and `linear` an operator of its own, on devices outside PyTorch (TorchTPU)."""
 
 
 def least_bytes(tensors: Iterable[torch.Tensor], counter: WorkCounter) -> float:
