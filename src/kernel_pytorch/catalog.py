@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+from kernel_pytorch.advanced_memory.attention_chunks import ChunkedAttention
 from kernel_pytorch.advanced_memory.chunked_head import ChunkedHead
 from kernel_pytorch.advanced_memory.recompute_blocks import RecomputeBlocks
 from kernel_pytorch.advanced_memory.shard import Shard
@@ -43,6 +44,7 @@ TRANSFORMS: tuple[Transform, ...] = (
     CausalMask(),
     Attention(),
     SplashAttention(),
+    ChunkedAttention(),
     ChannelsLast(),
     Dtype(),
     PrecisionPolicy(),

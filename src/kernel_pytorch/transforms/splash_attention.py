@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
+from kernel_pytorch.attention.follow import Followed
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
-from kernel_pytorch.transforms.attention_follow import AttentionFollower
 from kernel_pytorch.transforms.ceilings import bounded
 
 __all__ = ["SplashAttention"]
@@ -56,10 +55,10 @@ class SplashAttention:
         return bounded(prediction, dict.fromkeys(("attention", "reduction", "elementwise", "copy"), 0.0))
 
     def apply(self, program: Program, step: Step) -> Program:
-        """Run the model under an `AttentionFollower`."""
+        """Run the model under `Followed`."""
         before = program.call
         program.undo.append(lambda: setattr(program, "call", before))
-        program.call = _Followed(before, step)
+        program.call = Followed(before, _attend, str(step))
         return program
 
     def source(self, step: Step) -> str:
@@ -72,22 +71,6 @@ class SplashAttention:
             f"{step} cannot be written as plain PyTorch for a model it has not seen run",
             fix="keep using the plan with kernel_pytorch, or optimise without splash_attention",
         )
-
-
-class _Followed:
-    """A call under an `AttentionFollower`, which must find attention to replace."""
-
-    def __init__(self, call: Callable[..., Any], step: Step) -> None:
-        self.call = call
-        self.step = step
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mode = AttentionFollower(_attend)
-        with mode:
-            result = self.call(*args, **kwargs)
-        if not mode.replaced:
-            raise CandidateError(f"{self.step}: {mode.passed or 'the model computes no attention'}")
-        return result
 
 
 def _attend(

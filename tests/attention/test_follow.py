@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from kernel_pytorch.transforms.attention_follow import AttentionFollower
+from kernel_pytorch.attention.follow import AttentionFollower
 
 
 def masked_fill(q, k, v):

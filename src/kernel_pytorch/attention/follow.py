@@ -20,7 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["AttentionFollower", "Written"]
+from kernel_pytorch.errors import CandidateError
+
+__all__ = ["AttentionFollower", "Followed", "Written"]
 
 _MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm}
 _TRANSPOSE = {torch.transpose, torch.Tensor.transpose}
@@ -206,6 +208,34 @@ class AttentionFollower(TorchFunctionMode):
                 result,
                 value.float().numpy() if value.is_floating_point() else value.numpy(),
             )
+
+
+class Followed:
+    """A call under an `AttentionFollower`, which must find attention to hand over.
+
+    Args:
+        call: The model's call.
+        attend: As `AttentionFollower` takes it.
+        name: What asks, for the error.
+    """
+
+    def __init__(self, call: Callable[..., Any], attend: Callable[..., torch.Tensor | None], name: str) -> None:
+        self.call = call
+        self.attend = attend
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model.
+
+        Raises:
+            CandidateError: There was no attention to hand over, with the reason.
+        """
+        mode = AttentionFollower(self.attend)
+        with mode:
+            result = self.call(*args, **kwargs)
+        if not mode.replaced:
+            raise CandidateError(f"{self.name}: {mode.passed or 'the model computes no attention'}")
+        return result
 
 
 _CONSTANT = {
