@@ -96,9 +96,9 @@ class ShardedWeight(torch.Tensor):
         Raises:
             ModelError: The weight changed since its scale was found.
         """
-        del mesh, outer_size, outer_stride, module, mp_policy
+        del mesh, outer_size, outer_stride, mp_policy
         scale = self.shared.get("scale")
-        if scale is None or self.shared["versions"].get(self.plain.data_ptr()) != self.plain._version:  # noqa: SLF001
+        if scale is None or self.shared["versions"].get(id(module)) != module.weight._version:  # noqa: SLF001
             raise ModelError(
                 "a weight changed since the scale of its cast was found",
                 fix="kp.precision.follow_weights(model, optimizer), and follow_weights(model) after other changes",
@@ -167,26 +167,29 @@ def follow_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
     Raises:
         InputsError: The model has no sharded weights of this kind: `shard_weights`, then `fully_shard`.
     """
-    groups: dict[int, tuple[dict[str, Any], torch.dtype, list[torch.Tensor]]] = {}
-    for parameter in model.parameters():
-        local = getattr(parameter, "_local_tensor", parameter.data)
+    groups: dict[int, tuple[dict[str, Any], list[tuple[nn.Module, ShardedWeight]]]] = {}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        local = getattr(weight, "_local_tensor", weight)
         if isinstance(local, ShardedWeight):
-            groups.setdefault(id(local.shared), (local.shared, local.kind, []))[2].append(local.plain)
+            groups.setdefault(id(local.shared), (local.shared, []))[1].append((module, local))
     if not groups:
         raise InputsError("no weight is sharded in FP8", fix="kp.precision.shard_weights(model), then fully_shard")
 
     @torch.no_grad()
-    def find(*_: Any) -> None:
-        found = [
-            torch.stack([p.abs().amax().float() if p.numel() else p.new_zeros(()).float() for p in plain]).amax()
-            for _, _, plain in groups.values()
-        ]
+    def find(*_told: Any) -> None:
+        found = []
+        for _, members in groups.values():
+            plain = [local.plain for _, local in members]
+            sizes = [p.abs().amax().float() if p.numel() else p.new_zeros(()).float() for p in plain]
+            found.append(torch.stack(sizes).amax())
         most = torch.stack(found)
         if distributed.is_initialized():
             distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
-        for amax, (shared, kind, plain) in zip(most, groups.values(), strict=True):
-            shared["scale"] = scale_reference(amax, kind, power_of_2=shared["power_of_2"])
-            shared["versions"] = {p.data_ptr(): p._version for p in plain}  # noqa: SLF001
+        for amax, (shared, members) in zip(most, groups.values(), strict=True):
+            shared["scale"] = scale_reference(amax, members[0][1].kind, power_of_2=shared["power_of_2"])
+            # Of the parameters that FSDP registered: what an optimizer changes through them gives no shard a version.
+            shared["versions"] = {id(module): module.weight._version for module, _ in members}  # noqa: SLF001
 
     find()
     if optimizer is not None:
