@@ -94,8 +94,9 @@ def _scores(query: torch.Tensor, key: torch.Tensor, causal: bool, scale: float, 
     scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scale
     if not causal:
         return scores
-    rows = torch.arange(query.shape[-2], device=query.device)[:, None] + start
-    return scores.masked_fill(torch.arange(key.shape[-2], device=key.device) > rows, float("-inf"))
+    # Behind a barrier, or the compiler folds the mask, for all heads, into a constant of the program.
+    rows, columns = hold_apart([torch.arange(n, device=query.device) for n in scores.shape[-2:]])
+    return scores.masked_fill(columns > rows[:, None] + start, float("-inf"))
 
 
 def _added(totals: list[torch.Tensor], more: list[torch.Tensor]) -> list[torch.Tensor]:
