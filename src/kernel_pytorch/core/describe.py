@@ -23,7 +23,15 @@ from kernel_pytorch.core.types import Mode, WorkloadSpec
 from kernel_pytorch.core.workload import Call, Workload
 from kernel_pytorch.errors import InputsError, KptError, ModelError
 
-__all__ = ["check_model", "describe", "fingerprint", "make_optimizer", "private_copy", "repeated_blocks", "training_loss"]
+__all__ = [
+    "check_model",
+    "describe",
+    "fingerprint",
+    "make_optimizer",
+    "private_copy",
+    "repeated_blocks",
+    "training_loss",
+]
 
 
 def fingerprint(model: nn.Module) -> str:
