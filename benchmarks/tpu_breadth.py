@@ -149,7 +149,13 @@ def save(rows: dict[str, dict[str, Any]]) -> None:
         mode: {
             "architectures": len(rows),
             "lowered": sum(r[mode]["lowered"] for r in rows.values()),
-            **{t: sum(r[mode].get(t, {}).get("compiled", False) for r in rows.values()) for t in TOPOLOGIES},
+            **{
+                t: {
+                    "compiled": sum(r[mode].get(t, {}).get("compiled", False) for r in rows.values()),
+                    "tried": sum(t in r[mode] for r in rows.values()),
+                }
+                for t in TOPOLOGIES
+            },
         }
         for mode in MODES
     }
@@ -164,6 +170,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "kpt-tpu-breadth")
     parser.add_argument("--worker", choices=["lower", "compile"])
+    parser.add_argument("--save", action="store_true", help="write what the work directory has, and run nothing")
     options = parser.parse_args()
     work: Path = options.workdir
     work.mkdir(parents=True, exist_ok=True)
@@ -175,6 +182,9 @@ def main() -> None:
     known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
     names = options.only or [name for name in ARCHITECTURES if name not in known]
     pairs = [(name, mode) for name in names for mode in MODES]
+    if options.save:
+        lowered = [n for n in names if all((work / f"{n}.{mode}.lowered").exists() for mode in MODES)]
+        return save({**known, **{name: {mode: row_of(name, mode, work) for mode in MODES} for name in lowered}})
     drive("lower", pairs, work, lambda item: (work / f"{item[0]}.{item[1]}.lowered").exists())
     programs = [
         (name, mode, topology)
@@ -182,6 +192,7 @@ def main() -> None:
         if (work / f"{name}.{mode}.mlir").exists()
         for topology in TOPOLOGIES
     ]
+    programs.sort(key=lambda item: (item[1], (work / f"{item[0]}.{item[1]}.mlir").stat().st_size))  # the small first
     drive(
         "compile",
         programs,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel_pytorch.backends.tpu.buffers import Assignment, Buffer, read_assignment, read_refusal
+from kernel_pytorch.backends.tpu.scans import plain_scans
 from kernel_pytorch.backends.tpu.topology import Topology
 from kernel_pytorch.errors import KptError
 
@@ -119,20 +120,21 @@ def _context() -> Any:
 
 
 def _parse(source: bytes) -> Any:
-    from jaxlib.mlir import ir, passmanager
+    from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import stablehlo
 
     if not source.startswith(b"ML\xefR"):
-        module = ir.Module.parse(source.decode())
+        module = ir.Module.parse(plain_scans(_UNREAD.sub("", source.decode())))
     else:
         try:
             module = stablehlo.deserialize_portable_artifact(ir.Context.current, source)
         except ValueError:
             module = ir.Module.parse(source)
-    if b"stablehlo.composite" in source:  # of a newer StableHLO than libtpu reads: their plain decompositions stand in
-        passes = "stablehlo-legalize-composite-to-call,inline,symbol-dce"
-        passmanager.PassManager.parse(f"builtin.module({passes})").run(module.operation)
     return module
+
+
+_UNREAD = re.compile(r", is_stable = (?:true|false)")
+"""An attribute of `chlo.top_k` that jaxlib 0.10.2 does not read yet."""
 
 
 def _options(xla_client: Any, partitions: int) -> Any:
