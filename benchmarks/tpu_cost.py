@@ -33,7 +33,7 @@ SLICES = {"v5e-16": ("v5e:4x4", 16), "v5p-8": ("v5p:2x2x1", 8)}
 
 CANDIDATE = Candidate(
     (
-        Step("causal_mask"),
+        Step("chunked_attention", {"rows": 512}),
         Step("chunked_loss", {"rows": 4096, "spread": True}),
         Step("recompute", {"block": "LlamaDecoderLayer", "keep": "", "plain": 0, "spread": True}),
         Step("shard", {"parameters": "sharded", "rows": "LlamaDecoderLayer"}),
@@ -43,7 +43,7 @@ CANDIDATE = Candidate(
 
 def predicted(name: str, price: float) -> dict[str, Any]:
     topology, batch = SLICES[name]
-    build = Build(f"{HERE / 'training_jobs.py'}:llama", Mode.TRAINING, batch=batch, candidate=CANDIDATE)
+    build = Build(f"{HERE / 'tpu_models.py'}:llama_of_8b", Mode.TRAINING, batch=batch, candidate=CANDIDATE)
     where = parse_topology(topology)
     fit = fit_tpu(build, where, name=name)
     data = fit_data(fit)

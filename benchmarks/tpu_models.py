@@ -150,6 +150,26 @@ def llama_of_transformers() -> Workload:
     return _of_transformers(lambda: LlamaForCausalLM(config), vocab=32000, length=2048, batch=4)
 
 
+def llama_of_8b() -> Workload:
+    """The side-by-side job, all in bfloat16: eight layers of Llama-3-8B's shape, 128,256 words, 4 x 4,096 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=8, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0, use_cache=False,
+    )  # fmt: skip
+
+    def model() -> nn.Module:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            return LlamaForCausalLM(config)
+        finally:
+            torch.set_default_dtype(default)
+
+    return _of_transformers(model, vocab=128256, length=4096, batch=4)
+
+
 def _of_transformers(model: Callable[[], nn.Module], vocab: int, length: int, batch: int = 8) -> Workload:
     def inputs(seed: int) -> dict[str, torch.Tensor]:
         del seed
