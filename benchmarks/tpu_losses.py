@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -205,16 +206,18 @@ def compilations(runtime: Runtime, size: Size = SMALL) -> list[Compilations]:
         return value.detach()
 
     found = []
-    for work, step in (("forward", evaluate), ("training step", train)):
-        for _ in range(2):  # the optimizer makes its state, and the runtime what has no length, in a bucket of its own
-            _run(runtime, step, 8, 8)
-        counts = []
-        for length in LENGTHS:
-            before = runtime.compilations()
-            _run(runtime, step, length, round_up(length, BUCKETS))
-            counts.append(runtime.compilations() - before)
-        padded = tuple(round_up(length, BUCKETS) for length in LENGTHS)
-        found.append(Compilations(work, LENGTHS, padded, tuple(counts)))
+    # What an earlier process left on disk would not be compiled, and so not be counted.
+    with torch._inductor.config.patch(force_disable_caches=True):
+        for work, step in (("forward", evaluate), ("training step", train)):
+            for _ in range(2):  # the optimizer makes its state, the runtime what has no length, in a bucket of its own
+                _run(runtime, step, 8, 8)
+            counts = []
+            for length in LENGTHS:
+                before = runtime.compilations()
+                _run(runtime, step, length, round_up(length, BUCKETS))
+                counts.append(runtime.compilations() - before)
+            padded = tuple(round_up(length, BUCKETS) for length in LENGTHS)
+            found.append(Compilations(work, LENGTHS, padded, tuple(counts)))
     return found
 
 

@@ -71,3 +71,11 @@ def test_a_deadline_ends_the_child() -> None:
     with pytest.raises(ahead.AheadError, match="longer than 5 s"):
         ask("sleep", timeout_s=5.0)
     assert time.monotonic() - began < 40
+
+
+def test_children_do_not_take_the_plugin_of_an_emulation_for_the_compiler(monkeypatch):
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "/somewhere/libpjrt_shim.so")
+    monkeypatch.setenv("KEPT", "yes")
+    environment = ahead._environment()
+    assert "TPU_LIBRARY_PATH" not in environment
+    assert environment["KEPT"] == "yes"

@@ -164,10 +164,15 @@ def _check_packages() -> None:
             raise KptError(problem.reason, fix=problem.fix)
 
 
+_OF_EMULATION = ("TPU_LIBRARY_PATH", "PJRT_SHIM_REAL")
+
+
 def _environment() -> dict[str, str]:
     paths = dict.fromkeys(os.path.abspath(p) for p in sys.path)  # noqa: PTH100  an empty entry is the cwd
+    # Where this process emulates a TPU, jax would take the CPU plugin that it names for the TPU's compiler.
+    inherited = {name: value for name, value in os.environ.items() if name not in _OF_EMULATION}
     return {
-        **os.environ,
+        **inherited,
         "PYTHONPATH": os.pathsep.join(paths),
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         "JAX_PLATFORMS": "cpu",
