@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from kernel_pytorch.advanced_memory.recompute import Recomputed, Results, recompute
 from kernel_pytorch.advanced_memory.recompute_blocks import RecomputeBlocks
+from kernel_pytorch.backends.tpu.steps import trace_step
 from kernel_pytorch.core.program import begin, restore, ship
 from kernel_pytorch.core.types import Mode, Step
 from kernel_pytorch.errors import CandidateError
@@ -194,3 +195,26 @@ def test_the_transform_routes_all_but_the_last_blocks_and_is_undone(plain):
 def test_blocks_that_are_none_are_refused(block, said):
     with pytest.raises(CandidateError, match=said):
         RecomputeBlocks().apply(program(Stack()), Step("recompute", {"block": block, "keep": "", "plain": 0}))
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+def test_a_module_that_writes_its_buffers_is_refused_in_training_and_runs_in_evaluation():
+    module, x = Normed(), torch.randn(4, 8, requires_grad=True)
+    with pytest.raises(CandidateError, match="would write them twice"):
+        recompute(module, (), x)
+    assert torch.equal(recompute(module.eval(), (), x), module(x))
+
+
+def test_a_traced_step_refuses_it_too():
+    model = nn.Sequential(nn.Sequential(Normed(), nn.Linear(8, 8)), nn.Sequential(Normed(), nn.Linear(8, 8)))
+    done = RecomputeBlocks().apply(program(model), Step("recompute", {"block": "Normed", "keep": "", "plain": 0}))
+    with pytest.raises(CandidateError, match="would write them twice"):
+        trace_step(done, torch.randn(4, 8), device="cpu")

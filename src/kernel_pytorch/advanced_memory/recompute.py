@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernel_pytorch.advanced_memory.barrier import hold_apart
 from kernel_pytorch.core.program import plain_call
+from kernel_pytorch.errors import CandidateError
 
 __all__ = ["RANDOM", "Recomputed", "Results", "kind_of", "recompute"]
 
@@ -111,6 +112,9 @@ class Recomputed:
         Args:
             args: Tensors in any nesting (pytrees), and other values.
             kwargs: The same.
+
+        Raises:
+            CandidateError: The module writes its buffers, which the second call would do again.
         """
         module = self.module
         inputs, spec = pytree.tree_flatten((args, kwargs))
@@ -134,7 +138,7 @@ class Recomputed:
                 _Plain(module), dict(zip(named, weights, strict=True)), own_args, own_kwargs
             )
 
-        call = _Call(run, self.keep)
+        call = _Call(run, self.keep, tuple(module.buffers()))
         flat = _Recompute.apply(call, *tensors)
         return pytree.tree_unflatten(list(flat), call.spec)
 
@@ -218,9 +222,12 @@ def _versions(value: Any) -> list[int]:
 class _Call:
     """One call: what runs, what it keeps, and the structure of its result."""
 
-    def __init__(self, run: Callable[[list[torch.Tensor]], Any], keep: frozenset[str]) -> None:
+    def __init__(
+        self, run: Callable[[list[torch.Tensor]], Any], keep: frozenset[str], buffers: Collection[torch.Tensor]
+    ) -> None:
         self.run = run
         self.keep = keep
+        self.buffers = buffers
         self.spec: Any = None
         self.kept_spec: Any = None
         self.kept_leaves: list[Any] = []
@@ -244,8 +251,13 @@ class _Call:
                 versions[name] = _versions(kept[name])
             return value
 
+        before = _versions(list(self.buffers))
         with Results(visit):
             result = self.run(tensors)
+        if _versions(list(self.buffers)) != before:
+            raise CandidateError(
+                "a block writes its buffers (running statistics, say); recomputed, it would write them twice"
+            )
         kept = {name: value for name, value in kept.items() if _versions(value) == versions[name]}
         self.packed = {name for name in kept if name.startswith("attention:")}
         kept |= {name: pytree.tree_map(_pack, kept[name]) for name in self.packed}

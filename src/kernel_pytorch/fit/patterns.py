@@ -50,11 +50,6 @@ class Searched:
     survey: Survey
     goal: str
 
-    @property
-    def base(self) -> Tried:
-        """The unmodified step."""
-        return self.tried[0]
-
 
 def search_patterns(
     build: Build,
@@ -87,7 +82,7 @@ def search_patterns(
     flops = base.fit.flops if base.fit is not None else 0
     tell("which patterns apply")
     found: Survey = call_on_device(_survey, build, spread, flops)
-    tried = [replace(base, extra_flops=0.0)]
+    tried = [base]
     goal = _goal(memory_bytes, max_extra_flops)
     if memory_bytes is not None and _reaches(tried[0], memory_bytes):
         return Searched(tried[0], tuple(tried), found, goal)
