@@ -36,7 +36,7 @@ def only(monkeypatch):
 
 
 def slow(*args, **kwargs):
-    time.sleep(0.005)
+    time.sleep(0.05)
     return attend(*args, **kwargs)
 
 
@@ -282,3 +282,25 @@ def test_classes_of_shapes():
     assert "s32 causal" in AttentionShape(1, 2, 2, 20, 50, 8, is_causal=True).shape_class()
     windowed = AttentionShape(1, 2, 2, 64, 80, 8, window=(8, None), alignment="lower_right", softcap=3.0, dropout=0.1)
     assert windowed.shape_class() == "bfloat16 b1 h2:2 d8:8 q64 kv128 full window 8: lower_right softcap dropout"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_combination_asked_for_by_name_computes_calls_without_gradients_too(only, compiled):
+    def needs_gradients(shape, device, *, backward):
+        return None if backward else Skip("without gradients this is the other")
+
+    both = replace(fake("one+two", attend, fits=needs_gradients), forward="one")
+    only(fake("one", attend), both)
+    q, k, v = (torch.randn(SHAPE.batch, SHAPE.heads, SHAPE.q_len, SHAPE.head_dim) for _ in range(3))
+
+    def run(q):
+        return api.attention(q, k, v, is_causal=True, impl="one+two")
+
+    call = torch.compile(run, backend="eager", fullgraph=True) if compiled else run
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.allclose(call(q), want, atol=1e-5)
+    learnt = q.clone().requires_grad_()
+    call(learnt).sum().backward()
+    assert learnt.grad is not None
+    with torch.no_grad():
+        assert torch.allclose(call(learnt), want, atol=1e-5)

@@ -35,6 +35,12 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.uint8)
 
 
+def places(x: torch.Tensor) -> torch.Tensor:
+    """Return where each value is among all numbers of its format, in their order."""
+    code = bits(x).to(torch.int16)
+    return torch.where(code < 128, code, 128 - code)
+
+
 @pytest.mark.parametrize("power_of_2", [False, True])
 @pytest.mark.parametrize("form", [E4M3, E5M2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -72,6 +78,23 @@ def test_casts_by_row_are_those_of_the_definition(shape, power_of_2) -> None:
     for a, b in ((got.row, row), (got.transposed, turned)):
         assert a.shape == b.shape
         assert a.numel() == 0 or (bits(a) != bits(b)).double().mean() <= (0.0 if power_of_2 else 1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_first_casts_are_those_with_the_scale_they_find(shape) -> None:
+    # Programs begin while the first ones end and write the scale: none may take it for known already.
+    x = torch.randn(shape, device="cuda").bfloat16()
+    want = float8_cast(x, E4M3)
+    gate_up = torch.randn(shape[0], 2 * shape[1], device="cuda").bfloat16()
+    options = (E5M2, E4M3, "silu", True, True, True, True)
+    inverse = torch.ones(1, device="cuda")
+    gated = float8_gated_mlp_backward_op(x, gate_up, None, inverse, *options)
+    for _ in range(100):
+        got = float8_cast(x, E4M3, fresh_state(16, "cuda"))
+        assert torch.equal(bits(got.row), bits(want.row))
+        assert torch.equal(bits(got.transposed), bits(want.transposed))
+        again = float8_gated_mlp_backward_op(x, gate_up, fresh_state(16, "cuda"), inverse, *options)
+        assert all(torch.equal(bits(a.contiguous()), bits(b.contiguous())) for a, b in zip(again, gated, strict=True))
 
 
 def test_what_is_not_finite_shows() -> None:
@@ -117,8 +140,10 @@ def test_gated_activations_are_the_definition(shape, activation, delayed) -> Non
         assert torch.equal(got[2], want[2])
         for a, b in ((row, want_row), (got[0], want[0]), (got[1], want[1]), (got[3], want[3])):
             assert a.shape == b.shape
-            # The two compute the sigmoid otherwise in the last bit, and what lies in the middle may fall apart.
-            assert a.numel() == 0 or (bits(a) != bits(b)).double().mean() < 1e-4
+            # The two compute sigmoid and error function otherwise in the last bits, and what lies in the middle may fall
+            # apart: to the next number, and seldom.
+            apart = (places(a) - places(b)).abs()
+            assert a.numel() == 0 or (int(apart.max()) <= 1 and apart.double().mean() < 2e-3)
         for a, b in zip(mine, theirs, strict=True):
             assert a is None or torch.allclose(a, b, rtol=1e-4)
 

@@ -139,3 +139,16 @@ def test_what_pays_in_sum_joins_all_winners_though_its_own_gain_is_noise(adds: b
     }
     order = run(strategy, answers, most=5)
     assert (label(one, two, noise, step("compile")) in order) is tried, order
+
+
+def test_a_step_that_comes_along_with_compilation_is_not_there_twice() -> None:
+    regional, whole, mask = step("regional"), step("compile"), step("mask")
+    dear = ((Fake("regional", "compile", compiles=True), (regional,)), COMPILE)
+    along = (Fake("mask", "mask", pays_compiled=True), (mask,))
+    one, two = step("one"), step("two")
+    cheap = ((Fake("one", "one"), (one,)), (Fake("two", "two"), (two,)))
+    strategy = Strategy(proposals(along, *cheap, *dear), {}, 0.02)
+    slow = {label(one): at(1.03), label(two): at(1.02)}
+    compiled = {label(mask, one, regional): at(1.1), label(mask, one, two, regional): at(1.2)}
+    order = run(strategy, {**slow, **compiled}, most=5)
+    assert order == [*slow, *compiled, label(mask, one, two, whole)]

@@ -183,6 +183,7 @@ IMPLEMENTATIONS = (
         summary="the forward of FlashAttention-3, the backward of FlashAttention-4",
         fits=_fits_with_fa4,
         call=_with_fa4,
+        forward="fa3",
         call_varlen=_with_fa4_packed,
         packages=(*PACKAGES, *fa4.PACKAGES),
     ),
@@ -191,6 +192,7 @@ IMPLEMENTATIONS = (
         summary="the forward of FlashAttention-3, the backward of cuDNN",
         fits=_fits_with_cudnn,
         call=_with_cudnn,
+        forward="fa3",
         packages=PACKAGES,
     ),
     Implementation(

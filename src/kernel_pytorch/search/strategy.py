@@ -193,8 +193,10 @@ class Strategy:
                 continue
             kept = [s for s in base.steps if s is not groups.get(group)]
             without = self.proposals.combine([*kept, step])
-            if along and not self._spoil(along):
-                with_them = self.proposals.combine([*kept, *along, step])
+            held = {self.proposals.transform_of(s).group for s in kept}
+            more = [s for s in along or () if self.proposals.transform_of(s).group not in held]
+            if more and not self._spoil(more):
+                with_them = self.proposals.combine([*kept, *more, step])
                 yield with_them
                 if self._status(with_them) in (None, Status.OK):
                     continue

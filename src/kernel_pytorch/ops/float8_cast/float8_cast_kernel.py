@@ -40,6 +40,7 @@ __all__ = [
     "roll_state",
     "saturated",
     "speaks_ptx",
+    "tell_fresh",
 ]
 
 FP8_TARGETS_NVIDIA = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
@@ -59,7 +60,8 @@ class Tile(NamedTuple):
 @triton.jit
 def scale_for(amax, limit, POWER_OF_2: tl.constexpr):
     """Return the factor that brings `amax` to `limit`, at most 2^126, and 1 for an amax of zero."""
-    scale = tl.minimum(limit / tl.where(amax > 0, amax, limit), 8.507059173023462e37)
+    # Rounded as the definition divides: a scale that is off by its last bit sends some values to the next number.
+    scale = tl.minimum(tl.div_rn(limit, tl.where(amax > 0, amax, limit)), 8.507059173023462e37)
     if POWER_OF_2:
         scale = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return scale
@@ -118,18 +120,30 @@ def _scale_of_partials(partials, count, limit, PARTIALS: tl.constexpr, POWER_OF_
 
 @triton.jit
 def known_scale(state, partials, count, limit, PARTIALS: tl.constexpr, POWER_OF_2: tl.constexpr):
-    """Return (scale, inverse, amax, whether it is new): the state's scale, or that of the partial maxima."""
+    """Return (scale, inverse, amax, whether it is new): the state's scale, or that of the partial maxima.
+
+    Which of both is told behind the partial maxima (`prepare`), not by the state: the first program to end writes a new
+    scale there, and threads of one program that read before and after would part at the next barrier. (Seen on an H200:
+    words of the transposed copy that came from shared memory too early.)
+    """
     if state is None:
         scale, inverse, amax = _scale_of_partials(partials, count, limit, PARTIALS, POWER_OF_2)
         fresh = True
     else:
-        scale = tl.load(state + 2)
-        fresh = scale == 0.0
-        inverse = 1.0 / tl.where(fresh, 1.0, scale)
-        amax = 0.0
+        fresh = tl.load(partials + count) != 0
+        scale, inverse, amax = 1.0, 1.0, 0.0
         if fresh:
             scale, inverse, amax = _scale_of_partials(partials, count, limit, PARTIALS, POWER_OF_2)
+        else:
+            scale = tl.load(state + 2)
+            inverse = 1.0 / scale
     return scale, inverse, amax, fresh
+
+
+@triton.jit
+def tell_fresh(told, scale):
+    """Write where the kernel that casts looks whether a scale is yet to be known: once, by the first program."""
+    tl.store(told, (scale == 0.0).to(tl.int32), mask=tl.program_id(0) == 0)
 
 
 @triton.jit
@@ -152,7 +166,7 @@ def roll_state(state, scale, limit, HISTORY: tl.constexpr, POWER_OF_2: tl.conste
 def note_amax(state, state_bits, most, scale, amax, fresh):
     """Note the largest magnitude of rows; where the scale is new and known to be one, the scale too.
 
-    All programs write the same scale, so it does not matter which of them reads it when.
+    No program of this kernel reads a scale that is new (`known_scale`).
     """
     usable = (amax > 0.0) & (amax < float("inf"))
     tl.store(state + 2, scale, mask=fresh & usable & (tl.program_id(0) == 0))
@@ -174,6 +188,7 @@ def float8_prepare_kernel(
     x,
     state,
     partials,
+    told,
     n,
     limit,
     ROLL: tl.constexpr,
@@ -187,6 +202,7 @@ def float8_prepare_kernel(
         _partial_amax(x, partials, n, BLOCK)
     else:
         scale = tl.load(state + 2)
+        tell_fresh(told, scale)
         if scale == 0.0:
             _partial_amax(x, partials, n, BLOCK)
         elif ROLL and program == 0:
@@ -275,13 +291,15 @@ def cast(
     limit = torch.finfo(dtype).max
     most = _PROGRAMS_EACH * multiprocessors(xs[0].device)
     programs = [min(triton.cdiv(x.numel(), _PREPARE_BLOCK), most) for x in xs]
-    partials = torch.empty(sum(programs), dtype=torch.int32, device=xs[0].device)
+    count = sum(programs)
+    partials = torch.empty(count + 1, dtype=torch.int32, device=xs[0].device)
     with on_device_of(xs[0]):
         for i, x in enumerate(xs):
             float8_prepare_kernel[(programs[i],)](
                 x,
                 state,
                 partials[sum(programs[:i]) :],
+                partials[count:],
                 x.numel(),
                 limit,
                 ROLL=roll and state is not None and i == 0,
@@ -311,12 +329,12 @@ def cast(
                 padded(rows) // 4,
                 below // 4,
                 blocks,
-                len(partials),
+                count,
                 limit,
                 FORMAT="e4m3" if dtype is torch.float8_e4m3fn else "e5m2",
                 UPDATE=update and state is not None,
                 POWER_OF_2=power_of_2,
-                PARTIALS=next_power_of_2(len(partials)),
+                PARTIALS=next_power_of_2(count),
                 PTX=speaks_ptx(x),
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
@@ -327,7 +345,7 @@ def cast(
 
 
 def _prepare_case(kind: str, label: str, *, state: bool) -> CompileCase:
-    signature = {"x": f"*{kind}", "partials": "*i32", "n": "i32", "limit": "fp32"}
+    signature = {"x": f"*{kind}", "partials": "*i32", "told": "*i32", "n": "i32", "limit": "fp32"}
     constants: dict[str, object] = {"ROLL": state, "HISTORY": 16, "POWER_OF_2": False, "BLOCK": _PREPARE_BLOCK}
     if state:
         signature["state"] = "*fp32"

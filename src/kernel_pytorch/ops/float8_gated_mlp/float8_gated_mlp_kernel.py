@@ -27,6 +27,7 @@ from kernel_pytorch.ops.float8_cast.float8_cast_kernel import (
     roll_state,
     saturated,
     speaks_ptx,
+    tell_fresh,
 )
 from kernel_pytorch.ops.float8_cast.layout import HISTORY_AT, padded
 from kernel_pytorch.ops.gated_mlp.gated_mlp_kernel import gelu_tanh_argument
@@ -89,6 +90,7 @@ def float8_gated_mlp_prepare_kernel(
     gate_up,
     state,
     partials,
+    told,
     n,
     columns,
     limit,
@@ -103,6 +105,7 @@ def float8_gated_mlp_prepare_kernel(
         _partial_amax(grad, gate_up, partials, n, columns, ACTIVATION, BLOCK)
     else:
         scale = tl.load(state + 2)
+        tell_fresh(told, scale)
         if scale == 0.0:
             _partial_amax(grad, gate_up, partials, n, columns, ACTIVATION, BLOCK)
         elif ROLL and tl.program_id(0) == 0:
@@ -241,12 +244,13 @@ def _prepare(
 ) -> torch.Tensor:
     n = gate_up.numel() // 2
     programs = min(triton.cdiv(n, _PREPARE_BLOCK), _PROGRAMS_EACH * multiprocessors(gate_up.device))
-    partials = torch.empty(programs, dtype=torch.int32, device=gate_up.device)
+    partials = torch.empty(programs + 1, dtype=torch.int32, device=gate_up.device)
     float8_gated_mlp_prepare_kernel[(programs,)](
         grad,
         gate_up,
         state,
         partials,
+        partials[programs:],
         n,
         gate_up.shape[1] // 2,
         limit,
@@ -291,13 +295,13 @@ def forward(
             rows,
             columns,
             blocks,
-            len(partials),
+            len(partials) - 1,
             limit,
             FORMAT=_form(dtype),
             ACTIVATION=activation,
             UPDATE=update and state is not None,
             POWER_OF_2=power_of_2,
-            PARTIALS=next_power_of_2(len(partials)),
+            PARTIALS=next_power_of_2(len(partials) - 1),
             ROWS=_FORWARD.rows,
             COLUMNS=_FORWARD.columns,
             num_warps=_FORWARD.warps,
@@ -346,7 +350,7 @@ def backward(
             columns,
             padded(rows) // 4,
             blocks,
-            len(partials),
+            len(partials) - 1,
             limit,
             torch.finfo(dtypes[1]).max,
             FORMAT=_form(dtypes[0]),
@@ -354,7 +358,7 @@ def backward(
             ACTIVATION=activation,
             UPDATE=state is not None,
             POWER_OF_2=power_of_2,
-            PARTIALS=next_power_of_2(len(partials)),
+            PARTIALS=next_power_of_2(len(partials) - 1),
             PTX=speaks_ptx(grad),
             ROWS=_BACKWARD.rows,
             COLUMNS=_BACKWARD.columns,
@@ -370,7 +374,7 @@ def _case(kernel: object, label: str, *, backwards: bool, prepares: bool, state:
     constants: dict[str, object] = {"ACTIVATION": "silu", "POWER_OF_2": True}
     optional = {"grad": (backwards, "*bf16"), "state": (state, "*fp32")}
     if prepares:
-        signature["n"] = "i32"
+        signature |= {"n": "i32", "told": "*i32"}
         constants |= {"ROLL": state, "HISTORY": 16, "BLOCK": _PREPARE_BLOCK}
     else:
         signature |= {"inverse_out": "*fp32"} | dict.fromkeys(("rows", "blocks", "count"), "i32")
