@@ -18,6 +18,7 @@ class Fake:
     compiles: bool = False
     pays_compiled: bool = False
     pays_in_sum: bool = False
+    tries_late: bool = False
     enabled_by: tuple[str, ...] = ()
     summary: str = "fake"
     numerics: Numerics = Numerics.EXACT
@@ -152,3 +153,13 @@ def test_a_step_that_comes_along_with_compilation_is_not_there_twice() -> None:
     compiled = {label(mask, one, regional): at(1.1), label(mask, one, two, regional): at(1.2)}
     order = run(strategy, {**slow, **compiled}, most=5)
     assert order == [*slow, *compiled, label(mask, one, two, whole)]
+
+
+def test_what_is_mostly_rejected_waits_for_the_first_compilation_and_still_joins_the_best() -> None:
+    small, one, whole = step("small"), step("one"), step("compile")
+    cheap = ((Fake("small", "weights", tries_late=True), (small,)), (Fake("one", "one"), (one,)))
+    strategy = Strategy(proposals(*cheap, COMPILE), {label(small): 4.0, label(one): 2.0}, 0.02)
+    answers = {label(one): at(1.1), label(one, whole): at(1.5), label(small): at(1.3)}
+    order = run(strategy, answers, most=6)
+    assert order[:3] == [label(one), label(one, whole), label(small)]
+    assert label(small, one, whole) in order

@@ -172,8 +172,8 @@ class Implementation:
         numerics: What it may do to the numbers.
         rank: `impl=None` considers the applicable ones of the lowest rank only; a rank below 0 is never chosen.
         packages: Distributions whose versions decide what it does.
-        forward: Name of the implementation whose forward this one differentiates by another's backward; asked for by name
-            without gradients, that one computes it.
+        forward: Whose forward this one has, where it adds a backward; asked for by name without gradients, that one
+            computes it.
         bind: Takes a query and what is decided for all calls like it (`dropout_p`, `left`, `right`, `alignment`,
             `enable_gqa`) and returns a quicker `call` for them, or `None`.
     """

@@ -368,6 +368,8 @@ class Trial:
         notes: Graph breaks and recompilations by the user's source line, and what else is worth telling.
         layers_ms: Time by top-level module before and after, `{"encoder": (12.0, 4.1)}`; may be empty.
         seconds: What the trial cost.
+        spent_s: On what: `start` (of a worker, until the trial begins there: imports, the model, inputs), `apply`,
+            `first_calls` (compilation), `judge`, `measure`, `layers`; what was not reached is absent.
     """
 
     candidate: Candidate
@@ -380,6 +382,7 @@ class Trial:
     notes: tuple[str, ...] = ()
     layers_ms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     seconds: float = 0.0
+    spent_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,9 +220,10 @@ def swap_model(
     found = list(verdicts(model, allow_head=allow_head, exclude=exclude))
     layers = [v.layer for v in found if not v.reason]
     device = layers[0].weight.device if layers else torch.device("cpu")
-    seen = None if call is None or not layers else observe(run, call, layers)
+    observed = None if call is None or not layers else observe(run, call, layers)
+    seen = observed if isinstance(observed, Seen) else None
     units = _units(model, layers, seen, named[0])
-    notes = _notes(call, seen, tokens if auto else None)
+    notes = _notes(observed, tokens if auto else None)
     if auto:
         units = [part for unit in units for part in _chosen(unit, seen, tokens, named)]
     else:
@@ -232,11 +233,11 @@ def swap_model(
     return Report(_tell(found, units), emulated(device) and not auto, notes)
 
 
-def _notes(call: Call | None, seen: Seen | None, tokens: int | None) -> list[str]:
+def _notes(observed: Seen | str | None, tokens: int | None) -> list[str]:
     notes = []
-    if call is not None and seen is None:
-        notes.append("the model did not run on its example inputs: no layers share the cast of their input")
-    if seen is None and tokens is not None:
+    if isinstance(observed, str):
+        notes.append(f"the model did not run on its example inputs ({observed}): no layers share a cast of their input")
+    if not isinstance(observed, Seen) and tokens is not None:
         notes.append(f"measured at {tokens} rows, for what the model is called with is not known")
     return notes
 

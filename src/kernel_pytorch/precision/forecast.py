@@ -120,7 +120,8 @@ def forecast(
     found = list(verdicts(model, allow_head=allow_lm_head))
     paths = {id(v.layer): v.path for v in found}
     layers = [v.layer for v in found]
-    seen = None if call is None else observe(model, call, layers)
+    observed = None if call is None else observe(model, call, layers)
+    seen = observed if isinstance(observed, Seen) else None
     able = [v.layer for v in found if not v.reason]
     ids = {id(m) for m in able}
     groups = None if seen is None else Seen([[m for m in g if id(m) in ids] for g in seen.groups], seen.rows)

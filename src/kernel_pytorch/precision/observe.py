@@ -31,7 +31,7 @@ class Seen:
     rows: dict[int, int] = field(default_factory=dict)
 
 
-def observe(run: Callable[..., Any], call: Call, layers: Collection[nn.Linear]) -> Seen | None:
+def observe(run: Callable[..., Any], call: Call, layers: Collection[nn.Linear]) -> Seen | str:
     """Run a model on a part of a call (one sample, 128 tokens) and return what its layers read.
 
     Args:
@@ -40,13 +40,15 @@ def observe(run: Callable[..., Any], call: Call, layers: Collection[nn.Linear]) 
         layers: Whom to watch.
 
     Returns:
-        `None` where the model runs neither on the part nor on the whole.
+        What it raised, in one line, where the model runs neither on the part nor on the whole.
     """
+    why = "there is nothing to call it with"
     for given, share in _parts(call):
         seen = _watched(run, given, layers)
-        if seen is not None:
+        if not isinstance(seen, str):
             return Seen(_groups(seen), {id(m): round(sum(_rows(x) for x in xs) / share) for m, xs in seen})
-    return None
+        why = seen
+    return why
 
 
 def alike(layers: Collection[nn.Linear]) -> bool:
@@ -75,7 +77,7 @@ def _parts(call: Call) -> Iterator[tuple[Call, float]]:
 
 def _watched(
     run: Callable[..., Any], call: Call, layers: Collection[nn.Linear]
-) -> list[tuple[nn.Linear, list[torch.Tensor]]] | None:
+) -> list[tuple[nn.Linear, list[torch.Tensor]]] | str:
     inputs: dict[int, list[torch.Tensor]] = {id(m): [] for m in layers}
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -84,8 +86,8 @@ def _watched(
     with _hooked(layers, note), torch.no_grad(), torch.random.fork_rng():
         try:
             run(*call.args, **call.kwargs)
-        except (RuntimeError, ValueError, TypeError, IndexError):
-            return None
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
     return [(m, inputs[id(m)]) for m in layers if inputs[id(m)]]
 
 

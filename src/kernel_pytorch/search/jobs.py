@@ -126,7 +126,9 @@ class Jobs:
             memory_limit_bytes=self.config.memory_limit_bytes,
         )
         if outcome.status is Status.OK:
-            return trial_loads(outcome.value)
+            trial = trial_loads(outcome.value)
+            spent = {"start": max(outcome.seconds - trial.seconds, 0.0), **trial.spent_s}
+            return replace(trial, seconds=outcome.seconds, spent_s=spent)
         return Trial(
             request.candidate,
             outcome.status,

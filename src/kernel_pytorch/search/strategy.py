@@ -1,12 +1,13 @@
 """Which candidate to try next: cheap single steps first, then compilation on top of what won, then the rest.
 
-Compilation is dear and timing is cheap, so the most promising step of each group that needs no compiler is tried alone
-first; where it was wrong or failed, the next of its group at once; where it needs another step's help, with that. Then
-the first compile step is tried on the best of those, with the steps that pay inside compiled code only and without
-those that do by hand what compilation does, then all winners together; then the second compile step in the place of
-the first. Then winners one by one; the other cheap steps, all compile steps on the best, the remaining winners added to
-the best candidate so far, and runners-up. A candidate whose upper bound cannot reach the smallest gain, that contains a
-step that was wrong alone, or that has been tried, is not tried.
+Compilation is dear and timing is cheap, so the most promising step of each group that needs no compiler is tried
+alone first; where it was wrong or failed, the next of its group at once; where it needs another step's help, with
+that. Then the first compile step is tried on the best of those, with the steps that pay inside compiled code only and
+without those that do by hand what compilation does, then all winners together; then the second compile step in the
+place of the first. Steps that are rejected more often than not (`tries_late`) wait until then. Then winners one by
+one; the other cheap steps, all compile steps on the best, the remaining winners added to the best candidate so far,
+and runners-up. A candidate whose upper bound cannot reach the smallest gain, that contains a step that was wrong
+alone, or that has been tried, is not tried.
 """
 
 from __future__ import annotations
@@ -98,11 +99,8 @@ class Strategy:
         inside = [steps[0] for t, steps in self.proposals.steps if t.name in along]
         dear = [s for t, steps in self.proposals.steps if t.compiles for s in steps]
         cheap.sort(key=lambda s: -self._ceiling(Candidate((s,))))
-        groups: dict[str, list[Step]] = {}
-        for step in cheap:
-            groups.setdefault(self.proposals.transform_of(step).group, []).append(step)
-        for steps in groups.values():
-            yield from self._leader(steps[: 1 + _STAND_INS])
+        late = {t.name for t, _ in self.proposals.steps if getattr(t, "tries_late", False)}
+        yield from self._leaders([s for s in cheap if s.transform not in late])
         fused = {t.name for t, _ in self.proposals.steps if getattr(t, "compile_fuses", False)}
         kept = [s for s in cheap if s.transform not in fused]
         plain = [c for c in self.trials if all(s in kept for s in c.steps)]
@@ -116,6 +114,7 @@ class Strategy:
                     continue
             yield from self._extensions(self._best(plain), [step], along=inside)
             yield from self._all_winners(self._best(compiled), kept)
+        yield from self._leaders([s for s in cheap if s.transform in late])
         plain = compiled
         yield from self._extensions(self._best(plain), [s for s in kept if self._gains(s)])
         yield from self._extensions(self._best(plain), dear[:1], along=inside)
@@ -138,6 +137,14 @@ class Strategy:
 
     def _gains(self, step: Step) -> bool:
         return any(self.gain(form) > 1.0 for form in self._forms(step))
+
+    def _leaders(self, steps: list[Step]) -> Iterator[Candidate]:
+        """Yield the most promising step of each group; see `_leader`."""
+        groups: dict[str, list[Step]] = {}
+        for step in steps:
+            groups.setdefault(self.proposals.transform_of(step).group, []).append(step)
+        for group in groups.values():
+            yield from self._leader(group[: 1 + _STAND_INS])
 
     def _leader(self, steps: list[Step]) -> Iterator[Candidate]:
         """Yield the first step of a group, its other form where it is bad alone, and the next one where both are.

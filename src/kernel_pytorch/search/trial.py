@@ -85,17 +85,21 @@ def run_trial(bench: Bench, request: TrialRequest, make: Callable[[nn.Module], P
         make: Builds what ships from a copy of the model; by default from the steps alone, without artifacts.
     """
     started = time.perf_counter()
+    spent: dict[str, float] = {}
     program: Program | None = None
     try:
         with ExitStack() as stack:
             stack.enter_context(_deterministic(request.seed))
             stack.enter_context(fail_on_recompile_limit())
-            copy = clone_model(bench.model)
-            program = make(copy) if make else build(bench, copy, request.candidate)
-            shipped = ship(program, bench.model)
-            with recording(Path(request.artifact_dir), bench.manager.spec) if request.artifact_dir else nullcontext():
+            with _timed(spent, "apply"):
+                copy = clone_model(bench.model)
+                program = make(copy) if make else build(bench, copy, request.candidate)
+                shipped = ship(program, bench.model)
+            kept = recording(Path(request.artifact_dir), bench.manager.spec) if request.artifact_dir else nullcontext()
+            with _timed(spent, "first_calls"), kept:
                 compile_seconds, wrong = _first_calls(bench, shipped, program.fused_loss)
-            report = NumericsReport(wrong) if wrong else _judge(bench, request, program)
+            with _timed(spent, "judge"):
+                report = NumericsReport(wrong) if wrong else _judge(bench, request, program)
             release_cached()
             trial = Trial(
                 request.candidate,
@@ -105,17 +109,28 @@ def run_trial(bench: Bench, request: TrialRequest, make: Callable[[nn.Module], P
                 phase=request.phase,
             )
             if report.passed:
-                measured = _measure(bench, request, program, shipped)
+                with _timed(spent, "measure"):
+                    measured = _measure(bench, request, program, shipped)
                 trial = replace(trial, measurement=replace(measured, compile_seconds=compile_seconds))
     except Exception as error:  # the candidate, or the user's model under it, raised: that is a result
         trial = failure(request, error)
     notes = list(dict.fromkeys(program.notes)) if program is not None else []
     if request.phase == "confirm" and trial.status is Status.OK:
         try:
-            trial = replace(trial, layers_ms=layer_times(bench, request.candidate))
+            with _timed(spent, "layers"):
+                trial = replace(trial, layers_ms=layer_times(bench, request.candidate))
         except Exception as error:  # a step that fits the model need not fit a layer alone
             notes.append(f"no times by layer: {type(error).__name__}: {error}")
-    return replace(trial, notes=tuple(notes), seconds=time.perf_counter() - started)
+    return replace(trial, notes=tuple(notes), seconds=time.perf_counter() - started, spent_s=spent)
+
+
+@contextmanager
+def _timed(spent: dict[str, float], what: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        spent[what] = time.perf_counter() - started
 
 
 def failure(request: TrialRequest, error: Exception) -> Trial:
@@ -140,6 +155,8 @@ def _first_calls(
 ) -> tuple[float, tuple[Check, ...]]:
     """Run every case twice; return what the first runs took beyond the second (the compile time), and what was NaN.
 
+    In training also the gradients of the first calls: state that is new then (a scale not yet known) is not later.
+
     Buffers that a call updates (BatchNorm statistics) are put back: the validator compares them with the reference's.
 
     Raises:
@@ -149,13 +166,20 @@ def _first_calls(
     wrong: list[Check] = []
     before = [(b, b.detach().clone()) for m in (shipped, bench.model) for b in m.buffers()]
     for case in bench.workload.cases:
-        step = _probe_step(bench, shipped, case, fused)
+        norms: list[torch.Tensor] = []
+        step = _probe_step(bench, shipped, case, fused, norms)
         outputs: list[Any] = []
         first = bench.manager.time_ms(lambda step=step, out=outputs: out.append(step()))  # type: ignore[misc]
         second = bench.manager.time_ms(lambda step=step, out=outputs: out.append(step()))  # type: ignore[misc]
         total += max(0.0, first - second) / 1e3
         if any(torch.isnan(x).any() for x in pytree.tree_leaves(outputs) if _is_float(x)):
             wrong.append(Check("finite", Gate.CONTRACT, math.inf, 0.0, "NaN in one of the first calls", case))
+        elif norms and not all(bool(torch.isfinite(n).all()) for n in norms):
+            usual: list[torch.Tensor] = []
+            _probe_step(bench, bench.model, case, None, usual)()
+            if all(bool(torch.isfinite(n).all()) for n in usual):
+                what = f"{sum(int((~torch.isfinite(n)).sum()) for n in norms)} gradients of the first calls not finite"
+                wrong.append(Check("finite", Gate.CONTRACT, math.inf, 0.0, what, case))
         unmodified = _probe_step(bench, bench.model, case)
         if second > 1000.0 and second > _HOPELESS * min(bench.manager.time_ms(unmodified) for _ in range(2)):
             raise CandidateError(
@@ -173,9 +197,16 @@ def _is_float(leaf: object) -> TypeGuard[torch.Tensor]:
 
 
 def _probe_step(
-    bench: Bench, model: nn.Module, case: str, fused: Callable[[Any, Any], torch.Tensor] | None = None
+    bench: Bench,
+    model: nn.Module,
+    case: str,
+    fused: Callable[[Any, Any], torch.Tensor] | None = None,
+    norms: list[torch.Tensor] | None = None,
 ) -> Callable[[], Any]:
-    """Return a call that leaves the parameters alone: a forward, in training with its backward."""
+    """Return a call that leaves the parameters alone: a forward, in training with its backward.
+
+    To `norms` it adds the norms of all gradients of each call.
+    """
     if not bench.training:
         return bench.step(model, None, case)
     loss, batch = fused or training_loss(bench.workload), bench.batches[case]
@@ -183,6 +214,9 @@ def _probe_step(
     def forward_backward() -> Any:
         value = loss(model, batch)
         value.backward()  # type: ignore[no-untyped-call]
+        if norms is not None:
+            grads = [p.grad for p in model.parameters() if p.grad is not None and p.grad.layout is torch.strided]
+            norms.extend(n.double() for n in torch._foreach_norm(grads))  # noqa: SLF001
         model.zero_grad(set_to_none=True)
         return value
 

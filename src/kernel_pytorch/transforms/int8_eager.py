@@ -70,6 +70,8 @@ class Int8Eager:
     numerics = Numerics.LOWER_PRECISION
     modes = frozenset({Mode.INFERENCE})
     compiles = False
+    tries_late = True
+    """Of twenty such trials in this project's own results, twenty were beyond the accuracy budget or failed."""
 
     def probe(self, device: DeviceSpec) -> Skip | None:
         """A CPU with a quantised engine is needed."""

@@ -123,6 +123,8 @@ class Quantize:
     numerics = Numerics.LOWER_PRECISION
     modes = frozenset({Mode.INFERENCE})
     compiles = False
+    tries_late = True
+    """Of twenty such trials in this project's own results, twenty were beyond the accuracy budget or failed."""
 
     def __init__(self, scheme: str) -> None:
         self.scheme = scheme
