@@ -56,13 +56,17 @@ def _labelled(vocab: int, batch: int, length: int) -> Callable[[int], dict[str, 
     return make
 
 
-def _llama(layers: int, vocab: int, batch: int, length: int, hidden: int = 4096, ffn: int = 14336) -> Workload:
+def _llama(
+    layers: int, vocab: int, batch: int, length: int, hidden: int = 4096, ffn: int = 14336, queries: int = 4
+) -> Workload:
+    """Return a Llama's job; `queries` is how many heads share a key."""
+
     def model() -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
             hidden_size=hidden, intermediate_size=ffn, num_attention_heads=hidden // 128,
-            num_key_value_heads=hidden // 512, num_hidden_layers=layers, vocab_size=vocab,
+            num_key_value_heads=hidden // 128 // queries, num_hidden_layers=layers, vocab_size=vocab,
             max_position_embeddings=max(8192, length), rope_theta=500000.0, use_cache=False, attn_implementation="sdpa",
         )  # fmt: skip
         return _in_bf16(lambda: LlamaForCausalLM(config))
@@ -83,6 +87,11 @@ def llama_small() -> Workload:
 def llama_tiny() -> Workload:
     """Return a job of the same kind for a CPU."""
     return _llama(2, 512, 2, 64, hidden=512, ffn=256)
+
+
+def llama_70b_block() -> Workload:
+    """Return two layers of Llama-3-70B, 2 x 4,096 tokens; 4,096 words, so that the layers are what takes the time."""
+    return _llama(2, 4096, 2, 4096, hidden=8192, ffn=28672, queries=8)
 
 
 def qwen() -> Workload:
