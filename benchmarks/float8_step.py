@@ -1,4 +1,5 @@
-"""A training step with linear layers in FP8 beside the same step in bf16: milliseconds, kernels by class, memory.
+"""A training step with linear layers in FP8 beside the same step in bf16: milliseconds, kernels by class, memory,
+and how much of the arithmetic claimed for FP8 ran in FP8 kernels.
 
     python benchmarks/float8_step.py benchmarks/training_jobs.py:llama -o benchmarks/results/DEVICE/float8_step.json
 
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from float8_profile import float8_share, rows_of
+from float8_profile import told as told_share
 from step_profile import class_of
 from torch.profiler import ProfilerActivity, profile
 
@@ -47,6 +50,7 @@ def variants(device: kp.DeviceSpec) -> dict[str, list[tuple[str, dict[str, Any]]
 def run(target: str, steps: list[tuple[str, dict[str, Any]]], repeats: int) -> dict[str, Any]:
     workload, manager = kp.load_target(target), manager_for()
     bench = prepare_bench(workload, kp.KernelPyTorchConfig.for_training(), manager, seed=0)
+    rows = rows_of(bench.model, next(iter(bench.calls.values())))
     loss, optimizer = training_loss(workload), make_optimizer(workload, bench.model.parameters())
     program = begin(bench.model, Mode.TRAINING, bench.calls, optimizer=optimizer, loss=loss)
     program = apply_candidate(program, Candidate(tuple(Step(name, params) for name, params in steps)))
@@ -91,6 +95,7 @@ def run(target: str, steps: list[tuple[str, dict[str, Any]]], repeats: int) -> d
         "losses": [float(x) for x in losses],
         "notes": list(program.notes),
         "by_class_ms": dict(by_class.most_common()),
+        "float8_flops": float8_share(bench.model, rows, step),
         "kernels": [{"name": n, "ms": ms, "calls": calls[n] / profiled} for n, ms in kernels.most_common(40)],
         "telemetry": dict(manager.telemetry()),
     }
@@ -104,6 +109,9 @@ def show(name: str, row: dict[str, Any], first: float) -> None:
     memory = f"{peak / 2**30:5.1f} GiB" if peak else ""
     classes = ", ".join(f"{k} {v:.1f}" for k, v in row["by_class_ms"].items())
     print(f"{name:30s} {row['ms']:7.1f} ms {first / row['ms']:5.2f}x {memory}  loss {row['losses'][-1]:.4f}  {classes}")
+    share = row.get("float8_flops", {})
+    if share.get("share") is not None:
+        print(f"{'':30s} {told_share(share)}")
 
 
 def main() -> None:
