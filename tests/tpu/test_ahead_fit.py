@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kernel_pytorch import Workload
+from kernel_pytorch.advanced_memory.barrier import hold_apart
 from kernel_pytorch.backends.tpu.ahead import Lowered, compile_lowered, lower_program
 from kernel_pytorch.backends.tpu.lowering import LoweringError
 from kernel_pytorch.backends.tpu.packages import Use, blocking
@@ -46,6 +47,17 @@ class Attends(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, 1, 128)).permute(2, 0, 3, 1, 4)
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class HoldsViews(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(128, 3 * 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        views = self.qkv(x).unflatten(-1, (3, 1, 128)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = hold_apart([view[..., :64, :] for view in views])
+        return q + k + v
 
 
 class Decomposes(nn.Module):
@@ -110,6 +122,12 @@ def test_attention_is_a_mosaic_kernel_that_compiles() -> None:
     lowered = lower_program(build(Attends, 2, 1024, 128))
     assert b"tpu_custom_call" in lowered.stablehlo
     assert compile_lowered(lowered, parse_topology("v5e:1"), dump=False).fits
+
+
+def test_a_barrier_of_views_copies_nothing_that_they_are_views_of() -> None:
+    lowered = lower_program(build(HoldsViews, 2, 256, 128, mode=Mode.INFERENCE))
+    assert lowered.stablehlo.count(b"stablehlo.optimization_barrier") == 1
+    assert b"stablehlo.pad" not in lowered.stablehlo
 
 
 def test_an_operator_without_a_lowering_is_named_with_its_module() -> None:

@@ -22,7 +22,9 @@ def hold_apart(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     given = list(tensors)
     kind = next((t.device.type for t in given), "cpu")
     if kind == "tpu":
-        held: list[torch.Tensor] = torch.ops.tpu._optimization_barrier(given)  # noqa: SLF001
+        # A barrier of a view keeps its strides: written out, that is a flat copy of what it is a view of, and a
+        # partitioner tells by masks of the whole of it which elements of the copy are whose.
+        held: list[torch.Tensor] = torch.ops.tpu._optimization_barrier([t.contiguous() for t in given])  # noqa: SLF001
         return list(held)
     if kind == "xla":
         from kernel_pytorch.backends.tpu.torch_xla import optimization_barrier
