@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 2 benchmarks/float8_fsdp.py -o benchmarks/results/DEVICE/float8_fsdp.json
     torchrun --nproc-per-node 2 benchmarks/float8_fsdp.py -o FILE --smoke    # two processes on a CPU, FP8 emulated
 
-The byte GPT of `examples/gpt_train.py` on the standard library's source. `alone` is one GPU without FSDP: for losses it
-takes the parts of all processes as micro-steps of one batch, for times one part, as each process of the others does
-(all GPUs run it at once). `float8 fsdp` gathers weights in bf16, `float8 fsdp gathered` in FP8 (`shard_weights`).
+The byte GPT of `examples/gpt_train.py` on the standard library's source. `alone` is one GPU, under FSDP2's mixed
+precision but sharded over nobody: for losses it takes the parts of all processes as micro-steps of one batch, for times
+one part, as each process of the others does (all GPUs run it at once). `float8 fsdp` gathers weights in bf16,
+`float8 fsdp gathered` in FP8 (`shard_weights`).
 
 Losses agree with one GPU where their relative differences are under half a percent in the mean and two percent at any
 step. Scaling efficiency is the time of a step alone over that with FSDP, at as many tokens a GPU. Run it with 1, 2, 4
@@ -19,16 +20,19 @@ import gc
 import importlib.util
 import json
 import math
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import kernel_pytorch as kp
@@ -52,6 +56,12 @@ pretrain = example("float8_pretrain", EXAMPLES / "production" / "fp8_pretrain" /
 gpt_train = pretrain.gpt_train
 
 
+@cache
+def mesh(kind: str) -> DeviceMesh:
+    """Return all processes, and each for itself."""
+    return init_device_mesh(kind, (distributed.get_world_size(), 1), mesh_dim_names=("all", "nobody"))
+
+
 class Trainer:
     """One variant: a model, its optimizer, and steps.
 
@@ -64,7 +74,6 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, variant: str, place: tuple[int, int, torch.device]) -> None:
         self.args, (self.rank, self.world, self.device) = args, place
         self.alone, gathered = variant.endswith("alone"), variant.endswith("gathered")
-        on_gpu = self.device.type == "cuda"
         torch.manual_seed(0)
         with self.device:
             self.model = gpt_train.GPT(args.width, max(1, args.width // 128), args.layers, args.context)
@@ -78,16 +87,15 @@ class Trainer:
             torch._dynamo.config.fail_on_recompile_limit_hit = True
             for block in self.model.blocks:
                 block.forward = torch.compile(block.forward)
-        if not self.alone:
-            policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16 if on_gpu else None, reduce_dtype=torch.float32 if on_gpu else None
-            )
-            for block in self.model.blocks:
-                fully_shard(block, mp_policy=policy)
-            fully_shard(self.model, mp_policy=policy)
-        self.cast = on_gpu and self.alone
+        half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if self.device.type == "cuda" else {}
+        among = mesh(self.device.type)["nobody" if self.alone else "all"]
+        for module in (*self.model.blocks, self.model):
+            fully_shard(
+                module, mesh=among, mp_policy=MixedPrecisionPolicy(**half),
+                reshard_after_forward=False if self.alone else None,
+            )  # fmt: skip
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.1, fused=on_gpu
+            self.model.parameters(), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
         if gathered:
             kp.precision.follow_weights(self.model, self.optimizer)
@@ -96,8 +104,7 @@ class Trainer:
         """Do one step on parts of a batch, one after the other, and return their mean loss."""
         told = []
         for tokens in parts:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cast):
-                logits = self.model(tokens[:, :-1])
+            logits = self.model(tokens[:, :-1])
             loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()) / len(parts)
             loss.backward()
             told.append(loss.detach())
@@ -118,18 +125,33 @@ class Trainer:
         for step in range(steps):
             ranks = range(self.world) if self.alone else [self.rank]
             loss = self.step([self.part(step, rank) for rank in ranks])
-            if not self.alone and self.world > 1:
+            if not self.alone:
                 distributed.all_reduce(loss)
                 loss = loss / self.world
             told.append(loss)
         return [float(loss) for loss in told]
 
 
+def begin() -> tuple[int, int, torch.device]:
+    """Return this process's number, how many there are, and its device; begin to talk to the others.
+
+    Raises:
+        SystemExit: It was not started by torchrun.
+    """
+    if "RANK" not in os.environ:
+        raise SystemExit("start it with torchrun, also for one process")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return distributed.get_rank(), distributed.get_world_size(), device
+
+
 def slowest(value: float, device: torch.device) -> float:
     """Return the largest of all processes' values."""
     told = torch.tensor(value, device=device, dtype=torch.float64)
-    if distributed.is_initialized():
-        distributed.all_reduce(told, op=distributed.ReduceOp.MAX)
+    distributed.all_reduce(told, op=distributed.ReduceOp.MAX)
     return float(told)
 
 
@@ -140,8 +162,7 @@ def in_turns(
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(args.rounds + 1):
         for name in list(steps) if i % 2 else list(reversed(steps)):
-            if distributed.is_initialized():
-                distributed.barrier()
+            distributed.barrier()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
@@ -256,7 +277,7 @@ def run(
 
 def main() -> None:
     args = options()
-    place = pretrain.place()
+    place = begin()
     rank, world, _ = place
     spec = manager_for().spec
     job = {key: getattr(args, key) for key in ("width", "layers", "context", "batch", "steps", "rate")}
@@ -279,14 +300,12 @@ def main() -> None:
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(artefact, indent=1) + "\n")
 
-    if world > 1:
-        distributed.barrier()  # everybody has read the file
+    distributed.barrier()  # everybody has read the file
     run(args, place, row, save)
     if rank == 0:
         save()
         show(name, row)
-    if world > 1:
-        distributed.destroy_process_group()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

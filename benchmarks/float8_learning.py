@@ -116,6 +116,8 @@ def read_text(megabytes: float) -> Text:
     parts: dict[bool, list[bytes]] = {False: [], True: []}
     enough, size = megabytes * 1e6, 0
     for name, path in sources():
+        if not path.is_file():  # a link that leads nowhere
+            continue
         content = path.read_bytes()
         parts[is_held_out(name)].append(content)
         size += len(content)
