@@ -133,6 +133,26 @@ def test_a_program_is_left_as_it_was() -> None:
     assert len(taken.optimizer.state) == 0  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("layer", [nn.GRU(8, 4), nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))])
+def test_weights_that_a_layer_reads_by_another_way_are_trained(layer: nn.Module) -> None:
+    def squares(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        result = model(x)
+        return (result[0] if isinstance(result, tuple) else result).square().mean()
+
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    taken, fed = begin(layer, Mode.TRAINING, {}, optimizer=optimizer, loss=squares), torch.randn(3, 2, 8)
+    step = trace_step(taken, fed, device="cpu")
+    assert {a.name for a in step.arguments if a.donated} == {name for name, _ in layer.named_parameters()}
+    state = dict(layer.named_parameters())
+    results = step.graph(*(fed if a.role is Role.BATCH else state[a.name].detach().clone() for a in step.arguments))
+    squares(layer, fed).backward()
+    optimizer.step()
+    for argument in step.arguments:
+        if argument.output is not None:
+            torch.testing.assert_close(results[argument.output], state[argument.name].detach(), msg=argument.name)
+    optimizer.zero_grad()
+
+
 def test_operations_are_counted_by_pytorchs_formulas() -> None:
     model = nn.Linear(32, 16, bias=False)
     taken = begin(

@@ -60,6 +60,15 @@ class HoldsViews(nn.Module):
         return q + k + v
 
 
+class Remembers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru = nn.LSTM(8, 8), nn.GRU(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gru(self.lstm(x)[0])[0]
+
+
 class Decomposes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -128,6 +137,12 @@ def test_a_barrier_of_views_copies_nothing_that_they_are_views_of() -> None:
     lowered = lower_program(build(HoldsViews, 2, 256, 128, mode=Mode.INFERENCE))
     assert lowered.stablehlo.count(b"stablehlo.optimization_barrier") == 1
     assert b"stablehlo.pad" not in lowered.stablehlo
+
+
+def test_recurrent_weights_are_trained() -> None:
+    lowered = lower_program(build(Remembers, 4, 2, 8))
+    donated = {a.name for a in lowered.arguments if a.donated and a.role is Role.PARAMETER}
+    assert donated == {name for name, _ in Remembers().named_parameters()}
 
 
 def test_an_operator_without_a_lowering_is_named_with_its_module() -> None:

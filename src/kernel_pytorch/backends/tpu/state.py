@@ -146,6 +146,9 @@ class State:
         model = self.program.model
         before: list[tuple[dict[str, Any], str, Any]] = []
         compiled = model._compiled_call_impl  # noqa: SLF001
+        # Recurrent modules hand their kernels a list of weights that they made when these were set.
+        recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+        lists = [m._flat_weights for m in recurrent]  # noqa: SLF001
         try:
             for tensor, wants, places in zip(held, self.requires_grad, self.places, strict=False):
                 if wants:
@@ -155,6 +158,8 @@ class State:
                     members = parameters if key in parameters else module._buffers  # noqa: SLF001
                     before.append((members, key, members[key]))
                     members[key] = tensor
+            for layer in recurrent:
+                layer._flat_weights = [getattr(layer, name, None) for name in layer._flat_weights_names]  # noqa: SLF001
             if self.program.call != plain_call(model):
                 model._compiled_call_impl = self.program.call  # noqa: SLF001
             yield
@@ -162,6 +167,8 @@ class State:
             model._compiled_call_impl = compiled  # noqa: SLF001
             for members, key, value in reversed(before):
                 members[key] = value
+            for layer, weights in zip(recurrent, lists, strict=True):
+                layer._flat_weights = weights  # noqa: SLF001
 
     @contextlib.contextmanager
     def optimizing(self, held: Sequence[torch.Tensor]) -> Iterator[None]:

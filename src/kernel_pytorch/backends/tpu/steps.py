@@ -32,6 +32,8 @@ from kernel_pytorch.core.workload import as_call
 
 __all__ = ["Argument", "Role", "StepGraph", "TraceError", "trace_step"]
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True, slots=True)
 class Argument:
@@ -197,8 +199,14 @@ def _record(step: Callable[..., Any], arguments: Sequence[torch.Tensor], naming:
             return [from_fun(t) for t in results]
 
     with torch.fx.traceback.preserve_node_meta(), naming.recording():
-        graph: fx.GraphModule = make_fx(functional)(*arguments)
+        graph: fx.GraphModule = make_fx(functional, decomposition_table=_DECOMPOSED)(*arguments)
     return graph
+
+
+_DECOMPOSED = {
+    aten._weight_norm_interface_backward.default: aten._weight_norm_differentiable_backward.default  # noqa: SLF001
+}
+"""Operators without a lowering, and what computes the same by operators that have one."""
 
 
 def _finish(
