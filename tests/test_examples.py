@@ -58,7 +58,7 @@ def workload():
 
 
 def run(*arguments: str | Path, timeout: float = 240.0) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"OMP_NUM_THREADS": "2", **os.environ, "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment)
 

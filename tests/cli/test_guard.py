@@ -336,7 +336,6 @@ def prints(files: Path, name: str, ms: float) -> str:
     return f"{sys.executable} -S {script}"
 
 
-@pytest.mark.serial
 def test_two_commands(kpt, files):
     fast, slow = prints(files, "fast", 10.0), prints(files, "slow", 11.0)
     done = kpt("compare", "--command", fast, "--command", slow, "--format", "json")
@@ -371,7 +370,6 @@ def repository(files: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_revisions_and_bisection(kpt, repository):
     done = kpt("compare", "--command", "cat ms.txt", "--base", "HEAD~5", "--bisect", "--format", "json")
     told = json.loads(done.out)
@@ -386,7 +384,6 @@ def test_revisions_and_bisection(kpt, repository):
     assert len(left.stdout.splitlines()) == 1
 
 
-@pytest.mark.serial
 def test_nothing_is_bisected_without_a_slowdown(kpt, repository):
     done = kpt("compare", "--command", "cat ms.txt", "--base", "main", "--bisect")
     assert done.code == 0, done.err
@@ -485,7 +482,6 @@ def test_a_plan_of_another_device_is_stale_and_cannot_be_refreshed(kpt, files, m
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_refreshing_stamps_the_plan_anew_where_it_passes(kpt, files, make_plan):
     make_plan("plan", "none", *fresh(), 'device.software.torch="1.13.0"')
     (files / "plan" / "artifacts").mkdir()
@@ -508,7 +504,6 @@ def test_refreshing_stamps_the_plan_anew_where_it_passes(kpt, files, make_plan):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_a_plan_that_is_slower_than_the_unmodified_model_fails(kpt, files, make_plan):
     make_plan("plan", "bf16", *fresh())  # casting costs more than a model of this size takes
     done, told = checked(kpt, "--keep", "0")

@@ -97,7 +97,6 @@ def test_what_the_user_prints_stays_out_of_the_data(kpt):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_optimize_explain_apply_and_eject_in_one_go(kpt, files):
     asked = "optimize nets.py:net --budget 20 --only dtype --isolation none --format json -o out"
     done = kpt(*asked.split())
@@ -122,7 +121,6 @@ def test_optimize_explain_apply_and_eject_in_one_go(kpt, files):
     assert "--resume" in other.err
 
 
-@pytest.mark.serial
 def test_a_plan_that_is_slower_here_no_longer_holds(kpt, files, make_plan):
     make_plan("plan", "bf16")  # casting costs more than a model of this size takes
     done = kpt("apply", "plan", "nets.py:net", "--budget", "2", "--format", "json")
@@ -141,7 +139,6 @@ def test_a_plan_that_is_wrong_here_no_longer_holds(kpt, files, make_plan):
     assert "wrong" in done.out
 
 
-@pytest.mark.serial
 def test_a_plan_that_keeps_the_model_holds(kpt, files, make_plan):
     make_plan("plan", "none")
     done = kpt("apply", "plan", "nets.py:net", "--budget", "2")

@@ -421,7 +421,6 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_the_action_fails_a_commit_that_slows_the_model_and_names_it(example: Path, tmp_path: Path) -> None:
     git(example, "checkout", "-q", "slow")
     gate = Gate(tmp_path / "runner", example, target="perf/workload.py:workload", budget="30")
@@ -443,7 +442,6 @@ def test_the_action_fails_a_commit_that_slows_the_model_and_names_it(example: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_make_gate_does_not_fail_a_commit_that_changes_no_speed(example: Path) -> None:
     git(example, "checkout", "-q", "harmless")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -466,7 +464,6 @@ def test_make_gate_does_not_fail_a_commit_that_changes_no_speed(example: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_the_tests_of_the_example_pass_alone_and_fail_against_a_faster_base(example: Path) -> None:
     git(example, "checkout", "-q", "slow")
     options = [*PLUGIN, "-p", "no:cacheprovider", "--kpt-history=none", "-rs"]

@@ -88,7 +88,6 @@ def test_missing_packages_name_the_exact_command(tmp_path: Path) -> None:
     assert " torch" not in caught.value.fix
 
 
-@pytest.mark.serial
 def test_a_dependency_that_is_missing_inside_is_told(tmp_path: Path) -> None:
     links = packages_without(tmp_path / "links", "psutil")
     python = make_environment(tmp_path / "env", links, SOURCE)
@@ -97,7 +96,6 @@ def test_a_dependency_that_is_missing_inside_is_told(tmp_path: Path) -> None:
     assert caught.value.fix == f"{python} -m pip install psutil"
 
 
-@pytest.mark.serial
 def test_two_interpreters_are_compared(tmp_path: Path) -> None:
     python = make_environment(tmp_path / "env", sysconfig.get_path("purelib"), SOURCE)
     base, head = Side("base", TARGET, python=sys.executable), Side("head", TARGET, python=str(python))

@@ -20,7 +20,6 @@ from tests import forks
 MAKE_PLAN = Path(__file__).parents[1] / "cli" / "make_plan.py"
 
 pytest_plugins = ["pytester"]
-pytestmark = pytest.mark.serial
 
 LOADED = any(point.value == "kernel_pytorch.pytest_plugin" for point in entry_points(group="pytest11"))
 PLUGIN = () if LOADED else ("-p", "kernel_pytorch.pytest_plugin")

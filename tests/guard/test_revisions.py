@@ -235,7 +235,6 @@ def test_worktrees_of_a_killed_process_are_removed_by_the_next(inside: Path, tmp
         assert not any(path.parent.exists() for path in old)
 
 
-@pytest.mark.serial
 def test_a_slower_revision_fails(inside: Path) -> None:
     with revision_sides("quick", "main", target="bench/net.py:workload") as (base, head):
         found = compare_sides(base, head, max_seconds=20.0, max_pairs=20)
@@ -244,7 +243,6 @@ def test_a_slower_revision_fails(inside: Path) -> None:
     assert found.head.revision == git(inside, "rev-parse", "main")
 
 
-@pytest.mark.serial
 def test_code_of_the_checkout_itself_is_refused(inside: Path) -> None:
     """An editable install that the revision does not shadow would compare the checkout with itself."""
     (inside / "lib").mkdir()
@@ -261,7 +259,6 @@ def test_code_of_the_checkout_itself_is_refused(inside: Path) -> None:
     assert "stray.py" in str(caught.value)
 
 
-@pytest.mark.serial
 def test_each_side_runs_its_own_revision_of_this_package_even_without_a_guard(tmp_path: Path) -> None:
     root = tmp_path / "own"
     package = root / "src" / "kernel_pytorch"

@@ -54,7 +54,6 @@ def _command_line(process: psutil.Process) -> list[str]:
         return []
 
 
-@pytest.mark.serial
 def test_slower_head_fails_with_the_facts_of_both_sides() -> None:
     told: list[Event] = []
     found = run("quick", "slow", listen=told.append, name="net", command="kpt compare a b", max_seconds=20.0)

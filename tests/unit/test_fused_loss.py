@@ -143,7 +143,6 @@ def test_the_ejected_source_runs(graphs) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.serial
 def test_a_loss_that_casts_is_judged_by_what_its_cast_costs() -> None:
     """`.float()` in a loss that is compiled with the model cannot be lifted: that is rounding, not another function."""
     from kernel_pytorch.backends import manager_for

@@ -184,6 +184,7 @@ def test_large_payloads_and_results_pass_and_boundless_ones_are_refused(workers:
     assert "above the limit" in refused.reason
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("job", ["hang", "stubborn"])
 def test_a_hang_ends_at_its_deadline(workers: Workers, job: str) -> None:
     outcome = workers.run(f"kpt_jobs:{job}", b"", timeout_s=0.5)
@@ -192,6 +193,7 @@ def test_a_hang_ends_at_its_deadline(workers: Workers, job: str) -> None:
     assert 0.5 <= outcome.seconds < 5.0
 
 
+@pytest.mark.serial
 def test_a_timeout_kills_grandchildren_in_sessions_of_their_own(workers: Workers, tmp_path: Path) -> None:
     file = tmp_path / "pids"
     outcome = workers.run("kpt_jobs:family", str(file).encode(), timeout_s=1.5)
@@ -199,6 +201,7 @@ def test_a_timeout_kills_grandchildren_in_sessions_of_their_own(workers: Workers
     assert gone(pids_in(file, 4), within_s=1.0)
 
 
+@pytest.mark.serial
 def test_what_a_finished_job_leaves_running_is_killed(workers: Workers) -> None:
     outcome = workers.run("kpt_jobs:brief_family", b"", timeout_s=30)
     assert outcome.status is Status.OK
@@ -243,6 +246,7 @@ def test_a_variable_that_libraries_read_at_import_restarts_the_fork_server(monke
         assert workers._zygote is not before
 
 
+@pytest.mark.serial
 def test_a_killed_fork_server_is_replaced_and_running_jobs_finish() -> None:
     with Workers(preload=()) as workers:
         workers.run("kpt_jobs:echo", b"", timeout_s=30)
@@ -259,6 +263,7 @@ def test_a_killed_fork_server_is_replaced_and_running_jobs_finish() -> None:
         assert outcomes[0].value == "survivor", outcomes
 
 
+@pytest.mark.serial
 def test_threads_share_workers(workers: Workers) -> None:
     values: dict[int, str] = {}
     threads = [
@@ -338,6 +343,7 @@ def test_it_works_from_standard_input_with_a_class_of_main(jobs_path: Path) -> N
     assert "value='[2.0, 4.0]'" in done.stdout, done
 
 
+@pytest.mark.serial
 def test_a_warm_job_costs_less_than_a_tenth_of_a_second(torch_workers: Workers) -> None:
     torch_workers.run("kpt_jobs:echo", b"", timeout_s=60)
     assert min(torch_workers.run("kpt_jobs:echo", b"", timeout_s=60).seconds for _ in range(5)) < 0.1
