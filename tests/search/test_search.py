@@ -18,7 +18,7 @@ WORKLOAD = Workload(Sleepy, sleepy_inputs, name="sleepy")
 
 
 def search(*transforms, **changes):
-    config = KernelPyTorchConfig(**{"budget_s": 25.0, **changes})
+    config = KernelPyTorchConfig(**{"budget_s": 60.0, **changes})
     return UnifiedManager(config, transforms).optimize(WORKLOAD)
 
 
@@ -26,9 +26,29 @@ def by_label(plan):
     return {t.candidate.label: t for t in plan.evidence if t.phase == "screen"}
 
 
+DEADLY = {
+    "segfault": (Status.FAILED, "SIGSEGV"),
+    "kill": (Status.OOM, "SIGKILL"),
+    "raise": (Status.FAILED, "the layer is on fire"),
+    "hang": (Status.TIMEOUT, ""),
+    "eat": (Status.OOM, ""),
+}
+
+
+@pytest.fixture(scope="module")
+def in_processes():
+    """One search in processes of their own: its first candidates die, one way each, and it goes on."""
+    deadly = (Planted(what, what) for what in DEADLY)
+    limits = {"trial_timeout_s": 12.0, "memory_limit_bytes": 2 * 1024**3, "budget_s": 120.0, "isolation": "process"}
+    return search(*deadly, Planted("faster", "faster"), Planted("slower", "slower"), **limits)
+
+
 @pytest.mark.parametrize("isolation", ["process", "none"])
-def test_the_faster_is_chosen_and_confirmed_on_fresh_samples(isolation):
-    result = search(Planted("faster", "faster"), Planted("slower", "slower"), isolation=isolation)
+def test_the_faster_is_chosen_and_confirmed_on_fresh_samples(isolation, request):
+    if isolation == "process":
+        result = request.getfixturevalue("in_processes")
+    else:
+        result = search(Planted("faster", "faster"), Planted("slower", "slower"), isolation=isolation)
     plan = result.plan
     assert plan.candidate.label == "faster"
     assert plan.chosen.phase == "confirm"
@@ -49,28 +69,15 @@ def test_a_wrong_candidate_never_wins_however_fast():
     assert trial.measurement is None, "no time is printed on red"
 
 
-@pytest.mark.parametrize(
-    ("what", "status", "word"),
-    [
-        ("segfault", Status.FAILED, "SIGSEGV"),
-        ("kill", Status.OOM, "SIGKILL"),
-        ("raise", Status.FAILED, "the layer is on fire"),
-        ("hang", Status.TIMEOUT, ""),
-        ("eat", Status.OOM, ""),
-    ],
-)
-def test_a_trial_that_dies_is_a_trial_and_the_search_goes_on(what, status, word):
-    plan = search(
-        Planted("bad", what),
-        Planted("faster", "faster"),
-        trial_timeout_s=6.0,
-        memory_limit_bytes=2 * 1024**3,
-        budget_s=45.0,
-    ).plan
-    trial = by_label(plan)["bad"]
+@pytest.mark.parametrize("what", DEADLY)
+def test_a_trial_that_dies_is_a_trial_and_the_search_goes_on(in_processes, what):
+    plan, (status, word) = in_processes.plan, DEADLY[what]
+    trial = by_label(plan)[what]
     assert trial.status in {status, Status.FAILED} if what == "kill" else trial.status is status
     assert word in trial.reason
     assert "\n" not in trial.reason
+    order = list(by_label(plan))
+    assert order.index(what) < order.index("faster"), "the search went on after it"
     assert plan.candidate.label == "faster"
 
 
@@ -84,6 +91,7 @@ def test_what_was_excluded_is_not_tried():
     assert set(by_label(plan)) == {"unmodified", "slower"}
 
 
+@pytest.mark.serial
 def test_the_budget_is_kept_and_what_was_not_tried_is_said():
     transforms = [Planted(f"slow_{i}", "slower") for i in range(40)]
     plan = search(*transforms, budget_s=5.0).plan
@@ -91,6 +99,7 @@ def test_the_budget_is_kept_and_what_was_not_tried_is_said():
     assert any("budget" in u.reason for u in plan.untried)
 
 
+@pytest.mark.serial
 def test_a_mix_of_shapes_is_weighted():
     mix = {
         "small": Case(lambda seed: torch.ones(2, 16), weight=3.0),
@@ -115,14 +124,14 @@ class Unseeded(nn.Module):
 
 
 def test_a_factory_that_gives_other_weights_each_time_does_not_fail_its_candidates():
-    config = KernelPyTorchConfig(budget_s=10.0, isolation="none")
+    config = KernelPyTorchConfig(budget_s=60.0, isolation="none")
     plan = UnifiedManager(config, (Planted("same"), Planted("other"))).optimize(Workload(Unseeded, sleepy_inputs)).plan
     assert {t.status for t in plan.evidence} == {Status.OK}
 
 
 def test_a_nan_in_the_calls_before_validation_is_seen():
     mix = {"a": Case(sleepy_inputs), "b": Case(sleepy_inputs)}
-    config = KernelPyTorchConfig(budget_s=10.0, isolation="none")
+    config = KernelPyTorchConfig(budget_s=60.0, isolation="none")
     plan = UnifiedManager(config, (Planted("nan", "nan"),)).optimize(Workload(Sleepy, mix)).plan
     assert by_label(plan)["nan"].status is Status.WRONG
     assert "NaN" in by_label(plan)["nan"].reason
