@@ -109,3 +109,27 @@ def test_compiled_without_a_graph_break() -> None:
     got = torch.autograd.grad(run(x).float().sum(), [x, layer.weight, layer.bias])
     for a, b in zip(got, want, strict=True):
         assert float((a.double() - b.double()).norm() / b.double().norm()) < 2e-2
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no FP8 here")
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("forms", [(torch.float8_e4m3fn,) * 2, (torch.float8_e5m2, torch.float8_e4m3fn)])
+def test_products_in_float8_by_every_algorithm_are_right(forms, fast) -> None:
+    torch.manual_seed(0)
+    rows, columns, inner = 1024, 2048, 4096
+    a, b = (torch.randn(s, inner, device="cuda").to(form) for s, form in zip((rows, columns), forms, strict=True))
+    scales = tuple(torch.tensor([x], device="cuda") for x in (0.5, 3.0))
+    want = (a.double() * 0.5) @ (b.double() * 3.0).t()
+    formats = cublaslt.Float8(*forms, fast)
+    product = cublaslt.Product(
+        rows, columns, inner, transpose_a=False, transpose_b=True, dtype=torch.bfloat16, device=0, float8=formats
+    )
+    out = torch.empty(rows, columns, device="cuda", dtype=torch.bfloat16)
+    assert len(product.algorithms) > 1
+    for algorithm in product.algorithms:
+        out.zero_()
+        product.compute(cublaslt.buffer(algorithm), a, b, out, None, scales)
+        assert float((out.double() - want).norm() / want.norm()) < torch.finfo(torch.bfloat16).eps
+    got = choice.multiply_float8(a, b, *scales, dtype=torch.bfloat16, fast=fast)
+    assert float((got.double() - want).norm() / want.norm()) < torch.finfo(torch.bfloat16).eps
+    assert any("e4m3fn" in name for name in choice.measured_choices())

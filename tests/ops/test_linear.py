@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernel_pytorch.core.program import begin, restore, ship
 from kernel_pytorch.core.types import Mode, Skip, Step
@@ -62,7 +63,7 @@ class FakeProduct:
         self.algorithms = list(speeds)
         self.speeds = speeds
 
-    def compute(self, algorithm, a, b, out, bias=None) -> None:
+    def compute(self, algorithm, a, b, out, bias=None, scales=None) -> None:
         name = bytes(algorithm)[:1]
         if name == b"r":
             raise choice.cublaslt.CublasLtError("refused")
@@ -147,3 +148,32 @@ def test_it_needs_an_nvidia_gpu_and_says_so() -> None:
     from kernel_pytorch.hardware import detect
 
     assert isinstance(LinearAlgorithm().probe(detect("cpu")), Skip)
+
+
+def test_layers_in_float8_have_their_products_measured_too() -> None:
+    from kernel_pytorch.precision.linear import swap_linear
+    from kernel_pytorch.precision.site import site_of
+
+    model = nn.Sequential(nn.Linear(16, 32, bias=False), nn.Linear(32, 16, bias=False)).bfloat16()
+    site = swap_linear(model[0], "tensorwise_current")
+    x = torch.randn(16, 16).bfloat16()
+    want = model(x)
+    program = LinearAlgorithm().apply(begin(model, Mode.TRAINING, {"main": Call((x,), {})}), STEP)
+    assert program.notes == ["measured products in FP8: 1 layers", "measured products: 1 x nn.Linear"]
+    assert site_of(model[0]).measured
+    asked = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.kernel_pytorch.float8_matmul.default:
+                asked.append(args[7])
+            return func(*args, **(kwargs or {}))
+
+    with Noted():
+        y = model(x)
+        y.float().sum().backward()
+    assert torch.equal(y, want)
+    assert asked == [True, True]  # result and weight's gradient: the input needs none
+    for undo in reversed(program.undo):
+        undo()
+    assert not site.measured

@@ -34,8 +34,8 @@ __all__ = [
     "swap_linears",
 ]
 
-_Products = tuple[tuple[bool, bool], ...]
-"""Of result, input's gradient and weight's gradient: whether in FP8, and whether with fast sums."""
+_Products = tuple[tuple[bool, bool, bool], ...]
+"""Of result, input's gradient and weight's gradient: whether in FP8, with fast sums, and by a measured algorithm."""
 
 
 class _Linears(torch.autograd.Function):
@@ -63,7 +63,7 @@ class _Linears(torch.autograd.Function):
             ]
             return tuple(outs)
         bias = joined_bias(biases, sizes, to)
-        y = float8_matmul_op(x_row, w_row, x_inverse, w_inverse, bias, to, products[0][1])
+        y = float8_matmul_op(x_row, w_row, x_inverse, w_inverse, bias, to, *products[0][1:])
         return tuple(y.split(sizes, 1)) if len(sizes) > 1 else (y,)
 
     @staticmethod
@@ -86,14 +86,14 @@ class _Linears(torch.autograd.Function):
             assert whole is not None
             w_turned, w_inverse = transpose(whole.row), whole.inverse
         if row:
-            dx = float8_matmul_op(dy_row, w_turned, dy_inverse, w_inverse, None, ctx.x_dtype, by_input[1])
+            dx = float8_matmul_op(dy_row, w_turned, dy_inverse, w_inverse, None, ctx.x_dtype, *by_input[1:])
         elif wants_x:
             parts = [dy @ w.to(dy.dtype) for dy, w in zip(dys, weights, strict=True)]
             dx = sum(parts[1:], parts[0]).to(ctx.x_dtype)
         grads: list[torch.Tensor | None] = [None] * len(needs)
         if turned:
             to = ctx.dtypes[0]
-            whole = float8_matmul_op(dy_turned, x_turned, dy_turned_inverse, x_inverse, None, to, by_weight[1])
+            whole = float8_matmul_op(dy_turned, x_turned, dy_turned_inverse, x_inverse, None, to, *by_weight[1:])
             grads[::2] = whole.split(ctx.sizes, 0) if len(ctx.sizes) > 1 else (whole,)
         elif wants_weight:
             grads[::2] = [(dy.t() @ x.to(dy.dtype)).to(ctx.dtypes[0]) for dy in dys]
@@ -165,7 +165,7 @@ def float8_linears(x: torch.Tensor, site: Site) -> list[torch.Tensor]:
     x8 = site.counted([rows], x8, "input")
     w8 = site.weight([layer.weight for layer in layers], transposed=passes)
     products = (recipe.forward, recipe.input_gradient, recipe.weight_gradient)
-    flags = tuple((p.float8, p.fast) for p in products)
+    flags = tuple((p.float8, p.fast, site.measured) for p in products)
     options = (to, recipe.dtype("gradient"), recipe.power_of_2, recipe.by_row, flags)
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     of_gradient = (site.states.get("gradient"), site.counters.get("gradient"))

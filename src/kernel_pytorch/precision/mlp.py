@@ -38,12 +38,12 @@ class _GatedMLP(torch.autograd.Function):
         product_state, gate_up_state, dy_state, product_counters, *counters = states
         sizes = [len(parameters[0]), len(parameters[2])]
         bias = joined_bias((parameters[1], parameters[3]), sizes, to)
-        gate_up = float8_matmul_op(x_row, w_row, x_inverse, w_inverse, bias, to, fast[0])
+        gate_up = float8_matmul_op(x_row, w_row, x_inverse, w_inverse, bias, to, *fast[0])
         row, inverse = float8_gated_mlp_op(gate_up, product_state, kinds[0], activation, role, power_of_2)
         if product_counters is not None:
             inverse = count_op([row], inverse, kinds[0], product_counters)
         bias = joined_bias((parameters[5],), [len(parameters[4])], to)
-        y = float8_matmul_op(row, d_row, inverse, d_inverse, bias, to, fast[0])
+        y = float8_matmul_op(row, d_row, inverse, d_inverse, bias, to, *fast[0])
         ctx.save_for_backward(
             x_turned, x_inverse, w_turned, w_inverse, d_turned, d_inverse, gate_up, inverse, gate_up_state, dy_state,
             *counters,
@@ -72,7 +72,7 @@ class _GatedMLP(torch.autograd.Function):
         )
         if dy_counters is not None:
             dy_inverse = count_op([dy], dy_inverse, kind, dy_counters)
-        grad = float8_matmul_op(dy_row, d_turned, dy_inverse, d_inverse, None, gate_up.dtype, fast[1])
+        grad = float8_matmul_op(dy_row, d_turned, dy_inverse, d_inverse, None, gate_up.dtype, *fast[1])
         row, turned, gate_up_inverse, product = float8_gated_mlp_backward_op(
             grad, gate_up, gate_up_state, inverse, kind, product_kind, activation, True, learns, learns_down,  # noqa: FBT003
             power_of_2,
@@ -81,13 +81,13 @@ class _GatedMLP(torch.autograd.Function):
             gate_up_inverse = count_op([row], gate_up_inverse, kind, gate_up_counters)
         grads: list[torch.Tensor | None] = [None] * 6
         if learns_down:
-            grads[4] = float8_matmul_op(dy_turned, product, dy_inverse, inverse, None, ctx.dtypes[4], fast[2])
+            grads[4] = float8_matmul_op(dy_turned, product, dy_inverse, inverse, None, ctx.dtypes[4], *fast[2])
         if learns:
-            whole = float8_matmul_op(turned, x_turned, gate_up_inverse, x_inverse, None, ctx.dtypes[0], fast[2])
+            whole = float8_matmul_op(turned, x_turned, gate_up_inverse, x_inverse, None, ctx.dtypes[0], *fast[2])
             grads[0], grads[2] = whole.split(sizes, 0)
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = float8_matmul_op(row, w_turned, gate_up_inverse, w_inverse, None, x_dtype, fast[1])
+            dx = float8_matmul_op(row, w_turned, gate_up_inverse, w_inverse, None, x_dtype, *fast[1])
         if needs[1] or needs[3]:
             # Biases of gate and up: their gradients exist in FP8 only.
             wide = row.to(torch.float32).sum(0) * gate_up_inverse
@@ -121,7 +121,7 @@ def float8_mlp(x: torch.Tensor, first: Site, last: Site, activation: str) -> tor
     d8 = last.weight([down.weight], transposed=learning)
     products = (recipe.forward, recipe.input_gradient, recipe.weight_gradient)
     kinds = (recipe.dtype("input"), recipe.dtype("gradient"))
-    options = (to, kinds, recipe.power_of_2, activation, role, tuple(p.fast for p in products))
+    options = (to, kinds, recipe.power_of_2, activation, role, tuple((p.fast, first.measured) for p in products))
     x8 = first.counted([rows], x8, "input")
     places = ((last, "input"), (first, "gradient"), (last, "gradient"))
     states = (*(s.states.get(o) for s, o in places), *(s.counters.get(o) for s, o in places))

@@ -37,6 +37,7 @@ class Site:
     Attributes:
         states: State of the delayed scale of `input`, `weight` and `gradient`; empty for recipes without.
         counters: Where a monitor counts what casts of an operand lose; empty where nobody watches.
+        measured: Whether products run by algorithms of cuBLASLt that were measured, instead of PyTorch's.
         pending: Results that the first layer's call left for the others: what they were computed from, and by layer.
     """
 
@@ -48,6 +49,7 @@ class Site:
             device = layers[0].weight.device
             self.states = {operand: fresh_state(recipe.history, device) for operand in OPERANDS}
         self.counters: dict[str, torch.Tensor] = {}
+        self.measured = False
         self.pending: tuple[Any, list[torch.Tensor | None]] | None = None
         self._cached: tuple[Any, Float8Matrix] | None = None
         self._held: Float8Matrix | None = None

@@ -1,5 +1,7 @@
 """Run the matrix products of `nn.Linear` by measured algorithms of cuBLASLt (`ops.linear`): the modules stay.
 
+Layers that an earlier step lets run in FP8 have their products measured in FP8.
+
 `forward` is set on the instance, for Dynamo does not look into the slot of `nn.Module.compile` of an inner module.
 Pickling drops it; `copy.deepcopy` binds it to the copy.
 """
@@ -17,6 +19,8 @@ from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.ops.linear import linear
+from kernel_pytorch.precision.site import Site
+from kernel_pytorch.precision.state import named_sites
 from kernel_pytorch.transforms.ceilings import bounded
 
 __all__ = ["LinearAlgorithm"]
@@ -68,8 +72,13 @@ class LinearAlgorithm:
         if step.params.get("choice") != "measured":
             raise CandidateError(f"{step}: choice must be measured")
         found = [m for m in program.model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
-        if not found:
+        sites = [site for site, _ in named_sites(program.model).values() if not site.measured]
+        if not found and not sites:
             raise CandidateError(f"{step}: the model has no plain nn.Linear")
+        _measure_products(sites, on=True)
+        program.undo.append(lambda: _measure_products(sites, on=False))
+        if sites:
+            program.notes.append(f"measured products in FP8: {sum(len(site.layers) for site in sites)} layers")
         swapped = [m for m in found if m.weight.dtype in cublaslt.DTYPES]
         # In float32 and float64 they keep PyTorch's products: what validates there judges what surrounds them.
         for module in swapped:
@@ -93,6 +102,11 @@ class LinearAlgorithm:
 
 def _forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     return linear(input, self.weight, self.bias)
+
+
+def _measure_products(sites: Sequence[Site], *, on: bool) -> None:
+    for site in sites:
+        site.measured = on
 
 
 def _restore(modules: list[nn.Linear]) -> None:

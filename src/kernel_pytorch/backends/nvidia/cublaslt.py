@@ -1,3 +1,4 @@
+# ruff: noqa: PLR0917
 """cuBLASLt's matrix products with a choice of algorithm, through the very library that PyTorch has loaded.
 
 `torch.mm` takes the first algorithm that cuBLASLt's heuristic proposes. At the power limit of a GPU others of its list
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
+from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ import torch
 
 from kernel_pytorch.core.types import Skip
 
-__all__ = ["DTYPES", "Product", "library_version", "unavailable"]
+__all__ = ["DTYPES", "FLOAT8", "Float8", "Product", "library_version", "unavailable"]
 
 DTYPES = {torch.bfloat16: 14, torch.float16: 2}
 """`cudaDataType_t` of what is multiplied here."""
+FLOAT8 = {torch.float8_e4m3fn: 28, torch.float8_e5m2: 29}
+"""The same of operands with a scale each, at most one of them E5M2."""
 _FLOAT32, _COMPUTE_32F = 0, 68
 _TRANSPOSE_A, _TRANSPOSE_B, _EPILOGUE, _BIAS_POINTER = 3, 4, 7, 8
+_SCALE_A, _SCALE_B, _FAST_SUMS = 17, 18, 25
 _EPILOGUE_BIAS = 4
 _WORKSPACE, _REDUCTION_MASK, _ALIGNMENT = 1, 3, (5, 6, 7, 8)
 _REDUCE_IN_FLOAT32 = 1 | 2
@@ -100,6 +104,21 @@ class _Shape:
     transpose_b: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Float8:
+    """Operands of a product in FP8.
+
+    Attributes:
+        a: Format of the first.
+        b: Format of the second.
+        fast: Sums in the tensor cores' own accumulators.
+    """
+
+    a: torch.dtype
+    b: torch.dtype
+    fast: bool
+
+
 class Product:
     """One kind of product, `op(a) @ op(b) (+ bias)` of dense row-major matrices, and the algorithms that compute it.
 
@@ -112,6 +131,7 @@ class Product:
         dtype: Of operands and result, one of `DTYPES`; sums are float32.
         device: Index of the GPU.
         bias: Whether a `[columns]` vector is added.
+        float8: The operands are in FP8 instead: `b` is transposed, `a` is not, and each has a scale.
 
     Attributes:
         algorithms: Opaque descriptions (64 bytes each), the one that cuBLASLt would take first.
@@ -131,6 +151,7 @@ class Product:
         dtype: torch.dtype,
         device: int,
         bias: bool = False,
+        float8: Float8 | None = None,
     ) -> None:
         lib, self.device, self.dtype, self.bias = _library(), device, dtype, bias
         self._shape = _Shape(rows, columns, inner, transpose_a, transpose_b)
@@ -141,10 +162,16 @@ class Product:
         self._attribute(_TRANSPOSE_B, c_int32(transpose_a))
         if bias:
             self._attribute(_EPILOGUE, c_uint32(_EPILOGUE_BIAS))
-        kind = DTYPES[dtype]
+        kinds = [DTYPES[dtype]] * 3
+        if float8 is not None:
+            assert transpose_b
+            assert not transpose_a
+            kinds[:2] = FLOAT8[float8.b], FLOAT8[float8.a]
+            self._attribute(_FAST_SUMS, c_int8(float8.fast))
         first = (inner, columns) if transpose_b else (columns, inner)
         second = (rows, inner) if transpose_a else (inner, rows)
-        self._layouts = [_layout(*shape, kind) for shape in (first, second, (columns, rows))]
+        shapes = (first, second, (columns, rows))
+        self._layouts = [_layout(*shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
         self.algorithms = self._ask()
         self._one, self._zero = c_float(1.0), c_float(0.0)
         self._run = lib.cublasLtMatmul
@@ -177,7 +204,13 @@ class Product:
         return [raw[i * _RESULT_BYTES : i * _RESULT_BYTES + _ALGORITHM_BYTES] for i in range(count.value)]
 
     def compute(
-        self, algorithm: Any, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None
+        self,
+        algorithm: Any,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Write the product into `out`, on the current stream.
 
@@ -187,10 +220,14 @@ class Product:
             b: `[inner, columns]`, or transposed; likewise.
             out: `[rows, columns]`; likewise.
             bias: `[columns]`, where the product was made with one.
+            scales: Of `a` and `b` in FP8: float32, one number each, what they are multiplied by.
 
         Raises:
             CublasLtError: The library refuses it.
         """
+        if scales is not None:
+            self._attribute(_SCALE_A, c_void_p(scales[1].data_ptr()))
+            self._attribute(_SCALE_B, c_void_p(scales[0].data_ptr()))
         if bias is not None:
             self._attribute(_BIAS_POINTER, c_void_p(bias.data_ptr()))
         stream = torch.cuda.current_stream(self.device).cuda_stream

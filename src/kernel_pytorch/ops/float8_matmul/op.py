@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator"
-# ruff: noqa: FBT001, PLR0917
+# ruff: noqa: FBT001, FBT002, PLR0917
 """The product of FP8 matrices as an operator of PyTorch: the tensor cores' on a GPU, an emulation on a CPU."""
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ __all__ = ["float8_matmul_op"]
 
 torch.library.define(
     "kernel_pytorch::float8_matmul",
-    "(Tensor a, Tensor b, Tensor inverse_a, Tensor inverse_b, Tensor? bias, ScalarType dtype, bool fast) -> Tensor",
+    "(Tensor a, Tensor b, Tensor inverse_a, Tensor inverse_b, Tensor? bias, ScalarType dtype, bool fast, "
+    "bool measured=False) -> Tensor",
 )
 
 
@@ -23,6 +24,7 @@ def _multiply(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     fast: bool,
+    measured: bool = False,
 ) -> torch.Tensor:
     if not a.numel() or not b.numel():
         return _empty_product(a, b, bias, dtype)
@@ -33,6 +35,10 @@ def _multiply(
         return narrow if bias is None else narrow + bias
     if by_row:
         return _multiply_by_row(a, b, inverse_a, inverse_b, bias, fast)
+    if measured and bias is None:
+        from kernel_pytorch.ops.linear.choice import multiply_float8
+
+        return multiply_float8(a, b, inverse_a, inverse_b, dtype=dtype, fast=fast)
     return torch._scaled_mm(  # noqa: SLF001  # PyTorch's only entry to cuBLASLt's products of FP8
         a, b.t(), scale_a=inverse_a, scale_b=inverse_b, bias=bias, out_dtype=dtype, use_fast_accum=fast
     )
@@ -62,8 +68,9 @@ def _emulate(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     fast: bool,
+    measured: bool = False,
 ) -> torch.Tensor:
-    del fast
+    del fast, measured
     if not a.numel() or not b.numel():
         return _empty_product(a, b, bias, dtype)
     from kernel_pytorch.ops.float8_matmul.reference import product_reference
@@ -86,9 +93,16 @@ def _product_fake(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     fast: bool,
+    measured: bool = False,
 ) -> torch.Tensor:
-    del inverse_a, inverse_b, bias, fast
+    del inverse_a, inverse_b, bias, fast, measured
     return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
 
 
 float8_matmul_op = torch.ops.kernel_pytorch.float8_matmul
+"""`(a, b, inverse_a, inverse_b, bias, dtype, fast, measured=False) -> out`; see `api.float8_matmul`.
+
+Args of the operator beside those:
+    measured: Let the measured algorithm of cuBLASLt compute it (`ops.linear.choice`), where there are no biases and no
+        scales by row.
+"""

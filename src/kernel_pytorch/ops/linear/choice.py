@@ -1,3 +1,4 @@
+# ruff: noqa: PLR0917
 """Which algorithm of cuBLASLt computes a product: measured at its first use, and kept for the next process.
 
 Under a power limit what counts is the energy of an algorithm, which shows only while the GPU is hot: so all are timed
@@ -23,7 +24,7 @@ from kernel_pytorch.measure.bursts import Bursts
 from kernel_pytorch.measure.choices import choice_file, load_choices, store_choices
 from kernel_pytorch.ops.linear.reference import product_reference
 
-__all__ = ["forget", "measured_choices", "multiply"]
+__all__ = ["forget", "measured_choices", "multiply", "multiply_float8"]
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +77,44 @@ def multiply(
     return out
 
 
+def multiply_float8(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    inverse_a: torch.Tensor,
+    inverse_b: torch.Tensor,
+    *,
+    dtype: torch.dtype,
+    fast: bool,
+) -> torch.Tensor:
+    """Return `(a * inverse_a) @ (b * inverse_b).T` by the measured algorithm, or by PyTorch as `multiply` does.
+
+    Args:
+        a: FP8 `[rows, inner]`, contiguous; 16 divides `inner`.
+        b: FP8 `[columns, inner]`, contiguous; at most one of both E5M2.
+        inverse_a: Float32 `[1]`.
+        inverse_b: Float32 `[1]`.
+        dtype: Of the result; of others than bfloat16 and float16 the product is PyTorch's.
+        fast: Sums in the tensor cores' own accumulators.
+    """
+
+    def plain() -> torch.Tensor:
+        return torch._scaled_mm(  # noqa: SLF001  # PyTorch's only entry to cuBLASLt's products of FP8
+            a, b.t(), scale_a=inverse_a, scale_b=inverse_b, out_dtype=dtype, use_fast_accum=fast
+        )
+
+    if dtype not in cublaslt.DTYPES or any(t.data_ptr() % cublaslt.ALIGNED for t in (a, b)):
+        return plain()
+    key = (a.shape, b.shape, a.dtype, b.dtype, dtype, fast, a.device)
+    known = _prepared.get(key)
+    if known is None:
+        known = _prepare_float8(key, plain, a, b, inverse_a, inverse_b, dtype=dtype, fast=fast)
+    if known.product is None:
+        return plain()
+    out = torch.empty((len(a), len(b)), dtype=dtype, device=a.device)
+    known.product.compute(known.algorithm, a, b, out, None, (inverse_a, inverse_b))
+    return out
+
+
 def forget() -> None:
     """Forget what this process chose; the files stay."""
     _prepared.clear()
@@ -112,14 +151,51 @@ def _prepare(
         f"{rows}x{columns}x{inner} {'T' if transpose_a else 'N'}{'T' if transpose_b else 'N'} "
         f"{str(a.dtype).removeprefix('torch.')}{'' if bias is None else ' bias'}"
     )
-    path, choices = _stored(index)
+    plain = functools.partial(product_reference, a, b, bias, transpose_a=transpose_a, transpose_b=transpose_b)
+    return _prepared.setdefault(key, _chosen(product, name, plain, a, b, bias))
+
+
+def _prepare_float8(
+    key: tuple[Any, ...],
+    plain: Callable[[], torch.Tensor],
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *scales: torch.Tensor,
+    dtype: torch.dtype,
+    fast: bool,
+) -> _Prepared:
+    (rows, inner), columns, index = a.shape, len(b), a.device.index or 0
+    item = dtype.itemsize
+    wide = inner % cublaslt.ALIGNED == 0 and columns * item % cublaslt.ALIGNED == 0
+    if 2.0 * rows * inner * columns < _LEAST_FLOPS or not wide:
+        return _prepared.setdefault(key, _Prepared())
+    if torch.cuda.is_current_stream_capturing():
+        return _Prepared()
+    formats = cublaslt.Float8(a.dtype, b.dtype, fast)
+    product = cublaslt.Product(
+        rows, columns, inner, transpose_a=False, transpose_b=True, dtype=dtype, device=index, float8=formats
+    )
+    names = [str(t).removeprefix("torch.float8_") for t in (a.dtype, b.dtype)]
+    name = f"{rows}x{columns}x{inner} {' '.join(names)} {str(dtype).removeprefix('torch.')}{' fast' if fast else ''}"
+    return _prepared.setdefault(key, _chosen(product, name, plain, a, b, None, scales))
+
+
+def _chosen(
+    product: cublaslt.Product,
+    name: str,
+    plain: Callable[[], torch.Tensor],
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    scales: tuple[torch.Tensor, ...] | None = None,
+) -> _Prepared:
+    """Return a product with the algorithm that is kept for it, measured where there is none."""
+    path, choices = _stored(product.device)
     if name not in choices:
-        plain = functools.partial(product_reference, a, b, bias, transpose_a=transpose_a, transpose_b=transpose_b)
-        choices[name] = _measure(product, plain, a, b, bias)
-        store_choices(path, {name: choices[name]}, _software(index))
+        choices[name] = _measure(product, plain, a, b, bias, scales)
+        store_choices(path, {name: choices[name]}, _software(product.device))
     algorithm = bytes.fromhex(choices[name]["algorithm"])
-    known = _Prepared(product, cublaslt.buffer(algorithm)) if algorithm else _Prepared()
-    return _prepared.setdefault(key, known)
+    return _Prepared(product, cublaslt.buffer(algorithm)) if algorithm else _Prepared()
 
 
 def _software(index: int) -> dict[str, str]:
@@ -135,7 +211,12 @@ def _stored(index: int) -> tuple[Path, dict[str, Any]]:
 
 
 def _measure(
-    product: cublaslt.Product, plain: Callable[[], torch.Tensor], a: torch.Tensor, b: torch.Tensor, bias: Any
+    product: cublaslt.Product,
+    plain: Callable[[], torch.Tensor],
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: Any,
+    scales: Any = None,
 ) -> dict[str, Any]:
     """Time the algorithms in turns and return the entry of the file: the winner, or none where PyTorch's is as good."""
     want = plain()
@@ -143,7 +224,7 @@ def _measure(
     runs: dict[str, Callable[[], Any]] = {}
     with manager_for(f"cuda:{product.device}").exclusive(), torch.no_grad():
         for algorithm in product.algorithms:
-            run = functools.partial(product.compute, cublaslt.buffer(algorithm), a, b, out, bias)
+            run = functools.partial(product.compute, cublaslt.buffer(algorithm), a, b, out, bias, scales)
             try:
                 run()
             except cublaslt.CublasLtError as error:
