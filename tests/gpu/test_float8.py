@@ -140,8 +140,8 @@ def test_gated_activations_are_the_definition(shape, activation, delayed) -> Non
         assert torch.equal(got[2], want[2])
         for a, b in ((row, want_row), (got[0], want[0]), (got[1], want[1]), (got[3], want[3])):
             assert a.shape == b.shape
-            # The two compute sigmoid and error function otherwise in the last bits, and what lies in the middle may fall
-            # apart: to the next number, and seldom.
+            # The two compute sigmoid and error function otherwise in the last bits, and what lies in the middle may
+            # fall apart: to the next number, and seldom.
             apart = (places(a) - places(b)).abs()
             assert a.numel() == 0 or (int(apart.max()) <= 1 and apart.double().mean() < 2e-3)
         for a, b in zip(mine, theirs, strict=True):

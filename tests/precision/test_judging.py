@@ -12,8 +12,8 @@ from kernel_pytorch.core.types import Candidate, Gate, Status, Step
 from kernel_pytorch.ops.float8_cast import reference as casts
 from kernel_pytorch.ops.float8_matmul import reference as products
 from kernel_pytorch.precision.recipes import RECIPES
-from kernel_pytorch.search.bench import prepare_bench
 from kernel_pytorch.search import trial as trial_module
+from kernel_pytorch.search.bench import prepare_bench
 from kernel_pytorch.search.trial import TrialRequest, run_trial
 
 
