@@ -13,9 +13,12 @@ are compared with an fp64 run of the unmodified model before any time is told. R
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import cProfile
 import json
 import os
+import pstats
 import statistics
 import subprocess
 import sys
@@ -133,7 +136,11 @@ def child(options):
         with compile_cache.recording(directory / "artifacts", bench.manager.spec):
             outputs, apply_s, first_s = first_result(bench, directory, trust=False)
     else:
-        outputs, apply_s, first_s = first_result(bench, directory, trust=options.child == "warm")
+        profile = cProfile.Profile()
+        with profile if options.profile else contextlib.nullcontext():
+            outputs, apply_s, first_s = first_result(bench, directory, trust=options.child == "warm")
+        if options.profile:
+            pstats.Stats(profile, stream=sys.stderr).sort_stats("cumulative").print_stats(60)
     from torch._dynamo.utils import counters
 
     seen = {f"{group}.{k}": v for group in ("inductor", "aot_autograd") for k, v in counters[group].items()}
@@ -157,6 +164,7 @@ def start(kind, options, directory):
         environment |= {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_HOME": caches}
         command = [sys.executable, __file__, options.target, "--mode", options.mode, "-o", "-"]
         command += ["--child", kind, "--directory", str(directory), *(f"--step={s}" for s in options.step)]
+        command += ["--profile"] * options.profile
         try:
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
@@ -164,6 +172,8 @@ def start(kind, options, directory):
         except subprocess.TimeoutExpired:
             return {"kind": kind, "failed": "over 600 s"}
     lines = [line[4:] for line in done.stdout.splitlines() if line.startswith("ROW ")]
+    if options.profile:
+        print(done.stderr)
     if done.returncode or not lines:
         return {"kind": kind, "failed": (done.stderr.strip() or "no result")[-2000:]}
     return json.loads(lines[-1])
@@ -239,6 +249,7 @@ def main() -> None:
     parser.add_argument("--step", action="append", default=[], help='NAME or NAME={"parameter": value}')
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="two repeats")
+    parser.add_argument("--profile", action="store_true", help="print what a start spends its time on; it takes longer")
     parser.add_argument("--child", choices=["record", "cold", "warm"], help=argparse.SUPPRESS)
     parser.add_argument("--directory", help=argparse.SUPPRESS)
     options = parser.parse_args()
