@@ -1,11 +1,12 @@
 """Which architectures of the suite lower and compile for TPUs; needs no TPU.
 
-    python benchmarks/tpu_breadth.py [--only NAME ...] [--workdir DIR]
+    python benchmarks/tpu_breadth.py [--only NAME ...] [--unfinished] [--topology v5e:1] [--workdir DIR]
 
 Each is lowered as a forward and as a training step (mean square of its float outputs, AdamW), and each program is
 compiled for one chip of v5e and of v5p. Resumable: what `benchmarks/results/tpu-ahead/breadth.json` has is not run
-again, and programs are kept in the work directory until they are compiled. Workers do many architectures each: their
-their start takes longer than most programs; one that dies has its architecture marked and is started again.
+again (`--unfinished`: but where a program was not lowered, or not compiled), and programs are kept in the work
+directory until they are compiled. Workers do many architectures each: their start takes longer than most programs; one
+that dies has its architecture marked and is started again.
 """
 
 from __future__ import annotations
@@ -133,13 +134,21 @@ def drive(kind: str, todo: list[tuple[str, ...]], work: Path, done: Any) -> None
             raise SystemExit(f"the {kind} worker does not start: {work / f'{kind}.log'}")
 
 
-def row_of(name: str, mode: str, work: Path) -> dict[str, Any]:
+def row_of(name: str, mode: str, work: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """Return what the work directory says, and what was known before of the same program."""
     row = pickle.loads((work / f"{name}.{mode}.lowered").read_bytes())
+    before = known.get(name, {}).get(mode, {})
+    if row["lowered"] and all(before.get(key) == row[key] for key in ("nodes", "flops")):
+        row |= {topology: before[topology] for topology in TOPOLOGIES if topology in before}
     for topology in TOPOLOGIES:
         path = work / f"{name}.{mode}.{topology.replace(':', '_')}.compiled"
         if path.exists():
             row[topology] = pickle.loads(path.read_bytes())
     return row
+
+
+def finished(row: dict[str, Any]) -> bool:
+    return all(row.get(mode, {}).get("lowered") and all(t in row[mode] for t in TOPOLOGIES) for mode in MODES)
 
 
 def save(rows: dict[str, dict[str, Any]]) -> None:
@@ -168,6 +177,8 @@ def save(rows: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*")
+    parser.add_argument("--unfinished", action="store_true", help="those that were not compiled or not lowered")
+    parser.add_argument("--topology", choices=TOPOLOGIES, action="append", help="both by default")
     parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "kpt-tpu-breadth")
     parser.add_argument("--worker", choices=["lower", "compile"])
     parser.add_argument("--save", action="store_true", help="write what the work directory has, and run nothing")
@@ -181,16 +192,18 @@ def main() -> None:
 
     known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
     names = options.only or [name for name in ARCHITECTURES if name not in known]
+    if options.unfinished:
+        names = [name for name in ARCHITECTURES if not finished(known.get(name, {}))]
     pairs = [(name, mode) for name in names for mode in MODES]
     if options.save:
         lowered = [n for n in names if all((work / f"{n}.{mode}.lowered").exists() for mode in MODES)]
-        return save({**known, **{name: {mode: row_of(name, mode, work) for mode in MODES} for name in lowered}})
+        return save({**known, **{name: {mode: row_of(name, mode, work, known) for mode in MODES} for name in lowered}})
     drive("lower", pairs, work, lambda item: (work / f"{item[0]}.{item[1]}.lowered").exists())
     programs = [
         (name, mode, topology)
         for name, mode in pairs
         if (work / f"{name}.{mode}.mlir").exists()
-        for topology in TOPOLOGIES
+        for topology in options.topology or TOPOLOGIES
     ]
     programs.sort(key=lambda item: (item[1], (work / f"{item[0]}.{item[1]}.mlir").stat().st_size))  # the small first
     drive(
@@ -199,7 +212,7 @@ def main() -> None:
         work,
         lambda item: (work / f"{item[0]}.{item[1]}.{item[2].replace(':', '_')}.compiled").exists(),
     )
-    save({**known, **{name: {mode: row_of(name, mode, work) for mode in MODES} for name in names}})
+    save({**known, **{name: {mode: row_of(name, mode, work, known) for mode in MODES} for name in names}})
     return None
 
 

@@ -17,11 +17,12 @@ PARAMETERS = ("replicated", "sharded")
 
 
 class Shard:
-    """`parameters=replicated|sharded, rows=CLASS`: one program for all devices of a slice; the batch is the global one.
+    """`parameters=replicated|sharded, rows=CLASS, windows=True`: one program for all devices, for the global batch.
 
     With `rows`, inputs and outputs of the blocks of that class are marked as spread by rows, so that the partitioner
-    gathers weights and never activations. How parameters lie is no part of the traced program: `kpt fit` gives it to
-    the compiler.
+    gathers weights and never activations. Without `windows` a product of a gathered weight is one product: less
+    memory, and no overlap with the network. How parameters lie is no part of the traced program, and neither are
+    windows: `kpt fit` gives them to the compiler.
     """
 
     name = "shard"

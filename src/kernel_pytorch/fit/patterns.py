@@ -57,6 +57,7 @@ def search_patterns(
     *,
     memory_bytes: int | None = None,
     max_extra_flops: float = 0.15,
+    cheapest: bool = True,
     name: str = "",
     tell: Tell = lambda _: None,
 ) -> Searched:
@@ -68,6 +69,7 @@ def search_patterns(
         memory_bytes: Take the set with the fewest operations whose peak on one device is at most this. `None`: take
             the smallest peak.
         max_extra_flops: Operations allowed over the unmodified step's, as a fraction, by PyTorch's own count.
+        cheapest: Look for fewer operations where the smallest set reaches `memory_bytes`; a compilation each.
         name: Of the target.
         tell: Called with a line for people.
 
@@ -83,7 +85,7 @@ def search_patterns(
     tell("which patterns apply")
     found: Survey = call_on_device(_survey, build, spread, flops)
     tried = [base]
-    goal = _goal(memory_bytes, max_extra_flops)
+    goal = _goal(memory_bytes, max_extra_flops, cheapest=cheapest)
     if memory_bytes is not None and _reaches(tried[0], memory_bytes):
         return Searched(tried[0], tuple(tried), found, goal)
 
@@ -99,7 +101,9 @@ def search_patterns(
         for option in options:
             reaches(option)
         return Searched(_smallest(tried), tuple(tried), found, goal)
-    _first(options, reaches)
+    _first(options if cheapest else options[-1:], reaches)
+    if spread and options and not any(_reaches(t, memory_bytes) for t in tried):
+        reaches(replace(options[-1], candidate=_whole(options[-1].candidate)))
     fitting = [t for t in tried if _reaches(t, memory_bytes)]
     return Searched(min(fitting, key=lambda t: t.extra_flops, default=None), tuple(tried), found, goal)
 
@@ -121,10 +125,11 @@ def _survey(build: Build, partitioned: bool, known: int) -> Survey:  # noqa: FBT
     return survey(build, partitioned=partitioned, known=known)
 
 
-def _goal(memory_bytes: int | None, most: float) -> str:
+def _goal(memory_bytes: int | None, most: float, *, cheapest: bool) -> str:
     if memory_bytes is None:
         return f"the smallest peak at no more than {most:.0%} more operations"
-    return f"the fewest operations with a peak of at most {memory_bytes / 1e9:.2f} GB, and at most {most:.0%} more"
+    wanted = "the fewest operations" if cheapest else "a set"
+    return f"{wanted} with a peak of at most {memory_bytes / 1e9:.2f} GB, and at most {most:.0%} more"
 
 
 def _order(found: Survey, most: float, *, smallest: bool, spread: bool) -> list[Option]:
@@ -152,6 +157,12 @@ def _spread(candidate: Candidate, block: str) -> Candidate:
             params["plain"] = 0
         steps.append(Step(step.transform, params))
     return Candidate((*steps, Step("shard", {"parameters": "sharded", "rows": block})))
+
+
+def _whole(candidate: Candidate) -> Candidate:
+    """Return a spread candidate whose products of gathered weights are not split into windows."""
+    *others, shard = candidate.steps
+    return Candidate((*others, Step(shard.transform, {**shard.params, "windows": False})))
 
 
 def _compiled(build: Build, topology: Topology, name: str) -> Tried:

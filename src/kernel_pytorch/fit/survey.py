@@ -88,7 +88,7 @@ def survey(build: Build, *, partitioned: bool = False, known: int = 0) -> Survey
     if partitioned:
         left_out.append(Skipped("splash_attention", "Mosaic kernels cannot be split over devices by the partitioner"))
         if build.mode is Mode.TRAINING:
-            add(Step("chunked_attention", {"rows": 512}))
+            add(Step("chunked_attention", {"rows": 1024}))
     else:
         add(Step("splash_attention"))
     if build.mode is Mode.TRAINING:

@@ -37,17 +37,21 @@ def fit_tpu(build: Build, topology: Topology, *, name: str = "", dump: bool = Tr
     """
     began = time.perf_counter()
     lowered = lower_program(build)
-    layout = next((str(s.params["parameters"]) for s in build.candidate.steps if s.transform == "shard"), None)
-    if layout is None:
+    sharding = next((s.params for s in build.candidate.steps if s.transform == "shard"), None)
+    if sharding is None:
         compiled = compile_lowered(lowered, topology, dump=dump)
     else:
         lowered = replace(lowered, stablehlo=spread_marks(lowered.stablehlo, topology.devices))
-        shardings = argument_shardings(lowered.arguments, topology.devices, layout)
         compiled = compile_lowered(
-            lowered, topology, partitions=topology.devices, argument_shardings=shardings, dump=dump
+            lowered,
+            topology,
+            partitions=topology.devices,
+            argument_shardings=argument_shardings(lowered.arguments, topology.devices, str(sharding["parameters"])),
+            windows=bool(sharding.get("windows", True)),
+            dump=dump,
         )
     total = time.perf_counter() - began
-    split = 1 if layout is None else topology.devices
+    split = 1 if sharding is None else topology.devices
     fit = outcome(lowered, compiled, topology, mode=build.mode, name=name, split=split)
     return replace(fit, seconds={**fit.seconds, "total": total})
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AheadError", "Lowered", "call_on_device", "compile_lowered", "lower_program"]
 
-LOWER_LIMIT_S, COMPILE_LIMIT_S = 600.0, 1800.0
+LOWER_LIMIT_S, COMPILE_LIMIT_S = 900.0, 5400.0
 
 _LOWER, _COMPILE = "kernel_pytorch.backends.tpu.lower_worker", "kernel_pytorch.backends.tpu.compile_worker"
 _CALL = "kernel_pytorch.backends.tpu.call_worker"
@@ -103,6 +103,7 @@ def compile_lowered(
     *,
     partitions: int = 1,
     argument_shardings: Sequence[str] | None = None,
+    windows: bool = True,
     dump: bool = True,
     timeout_s: float = COMPILE_LIMIT_S,
 ) -> Compiled:
@@ -115,6 +116,7 @@ def compile_lowered(
     options = {
         "partitions": partitions,
         "argument_shardings": argument_shardings,
+        "windows": windows,
         "dump": dump,
         "names": [argument.name for argument in lowered.arguments],
     }

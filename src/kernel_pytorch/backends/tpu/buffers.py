@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Assignment", "Buffer", "read_assignment", "read_refusal"]
+__all__ = ["Assignment", "Buffer", "read_assignment", "read_program", "read_refusal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,11 @@ def read_assignment(directory: Path, names: Sequence[str] = ()) -> Assignment:
     ]
     order = [*sorted(given, key=_size, reverse=True), *sorted(held, key=_size, reverse=True)]
     return Assignment(sum(map(_size, arguments)), sum(map(_size, heaps)), sum(map(_size, outputs)), tuple(order))
+
+
+def read_program(directory: Path) -> str:
+    """Return the scheduled program of a dump of one compilation, as text."""
+    return _one(directory, "after_optimizations.txt").read_text(encoding="utf-8", errors="replace")
 
 
 def _size(of: _Allocation | Buffer) -> int:

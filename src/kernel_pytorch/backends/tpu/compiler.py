@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kernel_pytorch.backends.tpu.buffers import Assignment, Buffer, read_assignment, read_refusal
+from kernel_pytorch.backends.tpu.buffers import Assignment, Buffer, read_assignment, read_program, read_refusal
 from kernel_pytorch.backends.tpu.scans import plain_scans
 from kernel_pytorch.backends.tpu.topology import Topology
 from kernel_pytorch.errors import KptError
 
-__all__ = ["Compiled", "CompilerMissingError", "compile_ahead"]
+__all__ = ["NO_WINDOWS", "Compiled", "CompilerMissingError", "compile_ahead"]
+
+NO_WINDOWS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+"""The compiler's flag that keeps products whole: on a TPU, `LIBTPU_INIT_ARGS=--NAME=VALUE`."""
 
 _INSTALL = "pip install 'jax==0.10.2' 'libtpu==0.0.52'"
 
@@ -65,6 +68,7 @@ def compile_ahead(
     *,
     partitions: int = 1,
     argument_shardings: Sequence[str] | None = None,
+    windows: bool = True,
     dump: bool = False,
     names: Sequence[str] = (),
 ) -> Compiled:
@@ -77,6 +81,8 @@ def compile_ahead(
         topology: The slice.
         partitions: Devices that the program is partitioned over; each gets its shard.
         argument_shardings: One `mhlo.sharding` string an argument, e.g. `{devices=[4,1]<=[4]}` or `{replicated}`.
+        windows: Whether the partitioner may split a product whose operand it gathers into one for each device's part,
+            to overlap them with the network; their results are held side by side.
         dump: Read the buffers out of the compiler's dump.
         names: Names of the arguments, for the buffers.
 
@@ -98,8 +104,7 @@ def compile_ahead(
     devices = described.devices[:partitions]
     options = _options(xla_client, partitions)
     with tempfile.TemporaryDirectory(prefix="kpt-dump-") as scratch, _context():
-        if dump:
-            options.env_option_overrides = [("xla_dump_to", scratch)]
+        options.env_option_overrides = [("xla_dump_to", scratch), *(() if windows else NO_WINDOWS.items())]
         module = _parse(stablehlo)
         if argument_shardings is not None:
             _shard(module, argument_shardings)
@@ -110,7 +115,9 @@ def compile_ahead(
             return _refused(error, topology, time.perf_counter() - began)
         seconds = time.perf_counter() - began
         assignment = read_assignment(Path(scratch), names) if dump else Assignment(0, 0, 0)
-    return _read(executable, topology, seconds, assignment)
+        # Not from the executable: what a newer compiler schedules, an older jaxlib may not read.
+        text = read_program(Path(scratch))
+    return _read(executable, topology, seconds, assignment, text)
 
 
 def _context() -> Any:
@@ -181,11 +188,10 @@ def _refused(error: Exception, topology: Topology, seconds: float) -> Compiled:
     )
 
 
-def _read(executable: Any, topology: Topology, seconds: float, assignment: Assignment) -> Compiled:
+def _read(executable: Any, topology: Topology, seconds: float, assignment: Assignment, text: str) -> Compiled:
     memory = executable.get_compiled_memory_stats()
     cost = executable.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
-    text = executable.hlo_modules()[0].to_string()
     moved, counts = _collectives(text)
     return Compiled(
         topology.name,

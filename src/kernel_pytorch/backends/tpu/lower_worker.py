@@ -34,7 +34,7 @@ def load() -> None:
     """
     import torch
 
-    from kernel_pytorch.backends.tpu.recurrent import make_differentiable
+    from kernel_pytorch.backends.tpu.recurrent import make_traceable
     from kernel_pytorch.backends.tpu.torch_tpu import load_torch_tpu
     from kernel_pytorch.errors import KptError
     from kernel_pytorch.hardware.tpu.installed import Installed, version_of
@@ -43,7 +43,7 @@ def load() -> None:
     if not version:
         raise KptError("lowering for a TPU needs torch_tpu, which is not installed", fix=_INSTALL)
     load_torch_tpu(Installed("torch_tpu", version, emulated=True))
-    make_differentiable()
+    make_traceable()
     # Emulation leaves them out, for no CPU can run torch_tpu's Mosaic kernel; a chip takes it under these names.
     torch.backends.cuda.enable_flash_sdp(enabled=True)
     torch.backends.cuda.enable_mem_efficient_sdp(enabled=True)

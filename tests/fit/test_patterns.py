@@ -1,0 +1,93 @@
+"""Which sets of memory patterns a search compiles, and which it takes; the compiler's answers are made up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from kernel_pytorch.backends.tpu.topology import parse_topology
+from kernel_pytorch.core.types import Candidate, Mode, Step
+from kernel_pytorch.errors import KptError
+from kernel_pytorch.fit import patterns
+from kernel_pytorch.fit.build import Build
+from kernel_pytorch.fit.patterns import Searched, search_patterns
+from kernel_pytorch.fit.survey import Option, Survey
+
+FLOPS = 1000
+PEAKS = {"": 9, "few": 6, "some": 4, "more": 3, "most": 2}
+"""By what is recomputed: the more, the smaller."""
+
+
+def step(name: str) -> Step:
+    return Step("recompute", {"block": "Block", "keep": name, "plain": 1})
+
+
+OPTIONS = tuple(
+    Option(Candidate((step(name),)), FLOPS + 20 * (i + 1), 0) for i, name in enumerate(("few", "some", "more", "most"))
+)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Candidate]:
+    """What the compiler was asked, the unmodified step first."""
+    seen: list[Candidate] = []
+
+    def fit(build: Build, topology: object, *, name: str) -> SimpleNamespace:
+        del topology, name
+        seen.append(build.candidate)
+        params = {s.transform: s.params for s in build.candidate.steps}
+        peak = PEAKS[str(params["recompute"]["keep"])] if params else PEAKS[""]
+        if params.get("shard", {}).get("windows") is False:
+            peak -= 1
+        return SimpleNamespace(fits=True, peak_bytes=peak, flops=FLOPS)
+
+    monkeypatch.setattr(patterns, "fit_tpu", fit)
+    monkeypatch.setattr(patterns, "call_on_device", lambda *_: Survey(FLOPS, OPTIONS, (), "Block"))
+    return seen
+
+
+def search(memory: int | None, topology: str = "v5e:1", *, cheapest: bool = True) -> Searched:
+    build = Build("unused", Mode.TRAINING)
+    return search_patterns(build, parse_topology(topology), memory_bytes=memory, cheapest=cheapest)
+
+
+def kept(searched: Searched) -> str:
+    assert searched.chosen is not None
+    return str(searched.chosen.candidate.steps[0].params["keep"])
+
+
+def test_the_cheapest_set_that_reaches_the_goal_is_taken(asked: list[Candidate]) -> None:
+    assert kept(search(4)) == "some"
+    assert kept(search(3)) == "more"
+    assert kept(search(2)) == "most"
+    assert search(9).chosen.candidate == Candidate()  # type: ignore[union-attr]
+    assert asked[-1] == Candidate()
+
+
+def test_the_smallest_set_alone_is_asked_where_compiling_takes_long(asked: list[Candidate]) -> None:
+    assert kept(search(4, cheapest=False)) == "most"
+    assert len(asked) == 2
+
+
+def test_what_no_set_reaches_is_told(asked: list[Candidate]) -> None:
+    found = search(1)
+    assert found.chosen is None
+    assert len(asked) == len(found.tried) == 2
+
+
+def test_on_a_slice_products_are_left_whole_where_their_windows_take_too_much(asked: list[Candidate]) -> None:
+    found = search(2, "v5e:4x4", cheapest=False)
+    assert found.chosen is found.tried[1]
+    assert [s.params.get("windows") for s in found.tried[1].candidate.steps] == [None, None]
+    assert len(asked) == 2
+    found = search(1, "v5e:4x4", cheapest=False)
+    assert found.chosen is found.tried[2]
+    shard = found.tried[2].candidate.steps[-1]
+    assert shard == Step("shard", {"parameters": "sharded", "rows": "Block", "windows": False})
+
+
+def test_a_negative_allowance_is_refused(asked: list[Candidate]) -> None:
+    with pytest.raises(KptError, match="0 or more"):
+        search_patterns(Build("unused"), parse_topology("v5e:1"), max_extra_flops=-0.1)
+    assert asked == []
