@@ -48,6 +48,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.serial)
 
 
-def pytest_unconfigure() -> None:
+def pytest_sessionfinish() -> None:  # pytest-xdist may end a worker before its `pytest_unconfigure`
     if TEMPORARY is not None:
         shutil.rmtree(TEMPORARY, ignore_errors=True)
