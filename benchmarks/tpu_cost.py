@@ -1,11 +1,12 @@
-"""What a step costs where: TPU slices by their compiler and a roofline, a Hopper GPU as measured. One table.
+"""What a step costs where: TPU slices by their compiler and a roofline, an H100 by its data sheet, an H200 as measured.
 
-    python benchmarks/tpu_cost.py [--price v5e=1.20 --price v5p=4.20 --price gpu=10.0] [-o FILE]
+    TORCH_DEVICE_BACKEND_AUTOLOAD=0 python benchmarks/tpu_cost.py [--price v5e=1.20 --price v5p=4.20 --price gpu=10.0]
 
 The job is the side-by-side harness's: eight layers of Llama-3-8B's shape, 128,256 words, sequences of 4,096 tokens, all
 in bfloat16, AdamW. A TPU's time is a prediction (peak rates, everything overlapping in the lower figure, nothing in
-the upper); the GPU's is the committed measurement. Prices are assumptions of this table, in dollars per chip and hour:
-give those of your region and contract.
+the upper), and so is the H100's; the H200's is the committed measurement. `at_measured_utilisation` supposes of every
+device that it reaches the share of its peak that the H200 did under `torch.compile`. Prices are assumptions of this
+table, in dollars per chip and hour: give those of your region and contract.
 """
 
 from __future__ import annotations
@@ -19,13 +20,19 @@ from typing import Any
 from kernel_pytorch.backends.tpu.topology import parse_topology
 from kernel_pytorch.core.types import Candidate, Mode, Step
 from kernel_pytorch.fit.build import Build
+from kernel_pytorch.fit.local import fit_local
+from kernel_pytorch.fit.roofline import predict_step
 from kernel_pytorch.fit.tpu import fit_tpu
+from kernel_pytorch.hardware.tpu.specs import CHIPS
 from kernel_pytorch.report.fit import fit_data
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "results" / "tpu-ahead" / "cost.json"
 MEASURED = HERE / "results" / "nvidia-sm_90-1" / "llama_step_peers.json"
 LENGTH = 4096
+GPU_BATCH = 4
+GPU_FLOPS, H100_BANDWIDTH = 989.5e12, 3.35e12
+"""Dense bfloat16 and bytes a second, of NVIDIA's H100 SXM data sheet; an H200 computes at the same rate."""
 PRICES = {"v5e": 1.20, "v5p": 4.20, "gpu": 10.0}
 
 SLICES = {"v5e-16": ("v5e:4x4", 16), "v5p-8": ("v5p:2x2x1", 8)}
@@ -33,40 +40,81 @@ SLICES = {"v5e-16": ("v5e:4x4", 16), "v5p-8": ("v5p:2x2x1", 8)}
 
 CANDIDATE = Candidate(
     (
-        Step("chunked_attention", {"rows": 512}),
+        Step("causal_mask"),
+        Step("chunked_attention", {"rows": 2048}),
         Step("chunked_loss", {"rows": 4096, "spread": True}),
-        Step("recompute", {"block": "LlamaDecoderLayer", "keep": "", "plain": 0, "spread": True}),
         Step("shard", {"parameters": "sharded", "rows": "LlamaDecoderLayer"}),
     )
 )
+"""What fits both slices with no block computed twice."""
 
 
-def predicted(name: str, price: float) -> dict[str, Any]:
+def build_of(batch: int, candidate: Candidate) -> Build:
+    return Build(f"{HERE / 'tpu_models.py'}:llama_of_8b", Mode.TRAINING, batch=batch, candidate=candidate)
+
+
+def dollars(seconds: float, chips: int, price: float, tokens: int) -> float:
+    """Return dollars for a million tokens."""
+    return seconds * chips * price / 3600 / tokens * 1e6
+
+
+def predicted(name: str, price: float, utilisation: float) -> dict[str, Any]:
+    """Return the compiler's answer for a slice, and what follows from it."""
     topology, batch = SLICES[name]
-    build = Build(f"{HERE / 'tpu_models.py'}:llama_of_8b", Mode.TRAINING, batch=batch, candidate=CANDIDATE)
     where = parse_topology(topology)
-    fit = fit_tpu(build, where, name=name)
+    fit = fit_tpu(build_of(batch, CANDIDATE), where, name=name)
     data = fit_data(fit)
     data["buffers"], data["modules"] = [], data["modules"][:8]
     row: dict[str, Any] = {"batch": batch, "chips": where.chips, "price_chip_hour": price, "fit": data}
     if fit.prediction is not None:
         tokens = batch * LENGTH
         times = [fit.prediction.step_s, fit.prediction.serial_s]
-        row["dollars_per_million_tokens"] = [t * where.chips * price / 3600 / tokens * 1e6 for t in times]
+        row["dollars_per_million_tokens"] = [dollars(t, where.chips, price, tokens) for t in times]
         row["tokens_per_s"] = [tokens / t for t in times]
+        supposed = fit.flops / where.chips / CHIPS[where.generation].bf16_flops / utilisation
+        row["at_measured_utilisation"] = {
+            "step_s": supposed,
+            "dollars_per_million_tokens": dollars(supposed, where.chips, price, tokens),
+        }
     return row
 
 
-def measured(price: float) -> dict[str, Any]:
+def estimated(price: float) -> dict[str, Any]:
+    """Return the roofline of the unmodified step on one H100, its causal masks told to attention."""
+    fit = fit_local(build_of(GPU_BATCH, Candidate((Step("causal_mask"),))), "cuda", measure=False)
+    best = predict_step(
+        flops=fit.flops,
+        bytes_accessed=fit.bytes_accessed,
+        peak_flops=GPU_FLOPS,
+        bandwidth_bytes_per_s=H100_BANDWIDTH,
+    )
+    assert best is not None
+    times, tokens = [best.step_s, best.serial_s], GPU_BATCH * LENGTH
+    return {
+        "device": "NVIDIA H100 SXM",
+        "batch": GPU_BATCH,
+        "price_chip_hour": price,
+        "flops": fit.flops,
+        "peak_bytes": fit.peak_bytes,
+        "label": best.label,
+        "step_s": times,
+        "tokens_per_s": [tokens / t for t in times],
+        "dollars_per_million_tokens": [dollars(t, 1, price, tokens) for t in times],
+    }
+
+
+def measured(price: float, flops: int) -> dict[str, Any]:
     """Return what the harness measured on one H200, batch 4."""
     found = json.loads(MEASURED.read_text())
     rows = {}
     for name in ("eager", "compile_causal", "ours"):
-        rate = found["variants"][name]["tokens_per_s"]
-        dollars = price / 3600 / rate * 1e6
+        seconds, rate = found["variants"][name]["ms"] / 1e3, found["variants"][name]["tokens_per_s"]
         rows[name] = {
-            "ms": found["variants"][name]["ms"], "tokens_per_s": rate, "dollars_per_million_tokens": dollars,
-        }  # fmt: skip
+            "ms": seconds * 1e3,
+            "tokens_per_s": rate,
+            "dollars_per_million_tokens": price / 3600 / rate * 1e6,
+            "utilisation": flops / seconds / GPU_FLOPS,
+        }
     source = MEASURED.relative_to(HERE.parent).as_posix()
     return {"device": found["ratios"]["device"], "source": source, "price_chip_hour": price, "variants": rows}
 
@@ -79,12 +127,14 @@ def main() -> None:
     options = parser.parse_args()
     prices = PRICES | {k: float(v) for k, v in (text.split("=") for text in options.price)}
     found = json.loads(options.output.read_text()) if options.output.exists() else {"slices": {}}
-    found["measured"] = measured(prices["gpu"])
+    found["estimated"] = estimated(prices["gpu"])
+    found["measured"] = measured(prices["gpu"], found["estimated"]["flops"])
+    utilisation = found["measured"]["variants"]["compile_causal"]["utilisation"]
     for name, (topology, _) in SLICES.items():
         if options.only and name not in options.only:
             continue
         began = time.perf_counter()
-        found["slices"][name] = predicted(name, prices[topology.partition(":")[0]])
+        found["slices"][name] = predicted(name, prices[topology.partition(":")[0]], utilisation)
         print(name, found["slices"][name]["fit"]["headline"], round(time.perf_counter() - began), "s", flush=True)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(found, indent=1) + "\n")
