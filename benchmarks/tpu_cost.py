@@ -6,7 +6,7 @@ The job is the side-by-side harness's: eight layers of Llama-3-8B's shape, 128,2
 in bfloat16, AdamW. A TPU's time is a prediction (peak rates, everything overlapping in the lower figure, nothing in
 the upper), and so is the H100's; the H200's is the committed measurement. `at_measured_utilisation` supposes of every
 device that it reaches the share of its peak that the H200 did under `torch.compile`. Prices are assumptions of this
-table, in dollars per chip and hour: give those of your region and contract.
+table, in dollars per chip and hour: give those of your region and contract. What is in FILE is not compiled again.
 """
 
 from __future__ import annotations
@@ -58,22 +58,28 @@ def dollars(seconds: float, chips: int, price: float, tokens: int) -> float:
     return seconds * chips * price / 3600 / tokens * 1e6
 
 
-def predicted(name: str, price: float, utilisation: float) -> dict[str, Any]:
+def compiled(name: str) -> dict[str, Any]:
+    """Return the compiler's answer for a slice."""
+    topology, batch = SLICES[name]
+    data = fit_data(fit_tpu(build_of(batch, CANDIDATE), parse_topology(topology), name=name))
+    data["buffers"], data["modules"] = [], data["modules"][:8]
+    return data
+
+
+def predicted(name: str, fit: dict[str, Any], price: float, flops_a_token: float, utilisation: float) -> dict[str, Any]:
     """Return the compiler's answer for a slice, and what follows from it."""
     topology, batch = SLICES[name]
     where = parse_topology(topology)
-    fit = fit_tpu(build_of(batch, CANDIDATE), where, name=name)
-    data = fit_data(fit)
-    data["buffers"], data["modules"] = [], data["modules"][:8]
-    row: dict[str, Any] = {"batch": batch, "chips": where.chips, "price_chip_hour": price, "fit": data}
-    if fit.prediction is not None:
+    row: dict[str, Any] = {"batch": batch, "chips": where.chips, "price_chip_hour": price, "fit": fit}
+    if fit["prediction"] is not None:
         tokens = batch * LENGTH
-        times = [fit.prediction.step_s, fit.prediction.serial_s]
+        times = [fit["prediction"]["step_s"], fit["prediction"]["serial_s"]]
         row["dollars_per_million_tokens"] = [dollars(t, where.chips, price, tokens) for t in times]
         row["tokens_per_s"] = [tokens / t for t in times]
-        supposed = fit.flops / where.chips / CHIPS[where.generation].bf16_flops / utilisation
+        supposed = flops_a_token * tokens / where.chips / CHIPS[where.generation].bf16_flops / utilisation
         row["at_measured_utilisation"] = {
             "step_s": supposed,
+            "tokens_per_s": tokens / supposed,
             "dollars_per_million_tokens": dollars(supposed, where.chips, price, tokens),
         }
     return row
@@ -122,20 +128,22 @@ def measured(price: float, flops: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--price", action="append", default=[], metavar="CHIP=DOLLARS", help="an hour of a chip")
-    parser.add_argument("--only", choices=SLICES, action="append")
+    parser.add_argument("--only", choices=SLICES, action="append", help="slices to compile again")
     parser.add_argument("-o", "--output", type=Path, default=OUT)
     options = parser.parse_args()
     prices = PRICES | {k: float(v) for k, v in (text.split("=") for text in options.price)}
     found = json.loads(options.output.read_text()) if options.output.exists() else {"slices": {}}
     found["estimated"] = estimated(prices["gpu"])
-    found["measured"] = measured(prices["gpu"], found["estimated"]["flops"])
+    flops = found["estimated"]["flops"]
+    found["measured"] = measured(prices["gpu"], flops)
     utilisation = found["measured"]["variants"]["compile_causal"]["utilisation"]
     for name, (topology, _) in SLICES.items():
-        if options.only and name not in options.only:
-            continue
         began = time.perf_counter()
-        found["slices"][name] = predicted(name, prices[topology.partition(":")[0]], utilisation)
-        print(name, found["slices"][name]["fit"]["headline"], round(time.perf_counter() - began), "s", flush=True)
+        known = found["slices"].get(name)
+        fit = known["fit"] if known and name not in (options.only or ()) else compiled(name)
+        price = prices[topology.partition(":")[0]]
+        found["slices"][name] = predicted(name, fit, price, flops / (GPU_BATCH * LENGTH), utilisation)
+        print(name, fit["headline"], round(time.perf_counter() - began), "s", flush=True)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(found, indent=1) + "\n")
 

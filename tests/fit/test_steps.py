@@ -220,3 +220,22 @@ def test_an_optimizer_that_reads_values_on_the_host_is_named() -> None:
 def test_an_optimizer_with_a_closure_is_refused() -> None:
     with pytest.raises(TraceError, match="LBFGS"):
         trace_step(program(lambda p: torch.optim.LBFGS(p)), batch(), device="cpu")
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(self.queries(x), x, x, is_causal=True)
+
+
+def test_operations_of_attention_are_counted_on_the_cpu() -> None:
+    model, x = Attends(), torch.randn(2, 3, 32, 16)
+    project, product = 2 * (2 * 3 * 32) * 16 * 16, 2 * (2 * 3) * 32 * 32 * 16
+    assert trace_step(begin(model, Mode.INFERENCE, {}), x, device="cpu").flops == project + 2 * product
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    training = begin(model, Mode.TRAINING, {}, optimizer=optimizer, loss=lambda m, given: m(given).square().mean())
+    # The kernel's backward makes the scores again: five products. The inputs need no gradient of the projection.
+    assert trace_step(training, x, device="cpu").flops == 2 * project + 7 * product

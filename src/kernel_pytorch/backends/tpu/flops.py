@@ -31,12 +31,15 @@ def count_flops(graph: fx.GraphModule) -> dict[str, int]:
 
 
 def counted_as(packet: Any) -> Any:
-    """Return the operator whose formula counts one: attention of a backend outside PyTorch is attention."""
+    """Return the operator whose formula counts one: attention is attention on the CPU and outside PyTorch too."""
     aten = torch.ops.aten
     same = {
         aten._scaled_dot_product_fused_attention_overrideable: aten._scaled_dot_product_cudnn_attention,  # noqa: SLF001
         aten._scaled_dot_product_fused_attention_overrideable_backward:  # noqa: SLF001
             aten._scaled_dot_product_cudnn_attention_backward,  # noqa: SLF001
+        aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,  # noqa: SLF001
+        aten._scaled_dot_product_flash_attention_for_cpu_backward:  # noqa: SLF001
+            aten._scaled_dot_product_flash_attention_backward,  # noqa: SLF001
     }  # fmt: skip
     return same.get(packet, packet)
 
