@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernel_pytorch.attention import AttentionShape, gradient_layout
-from kernel_pytorch.attention.gradient_layout import in_layout, keep_layout
+from kernel_pytorch.attention.gradient_layout import in_layout, keep_layout, with_gradient_in_layout
 from kernel_pytorch.attention.probe import make_case, relative_errors
 from kernel_pytorch.attention.reference import attend
 
@@ -76,3 +76,50 @@ def test_a_probe_differentiates_as_a_model_does(packed: bool) -> None:
     errors = relative_errors(case, run, backward=True)
     assert max(errors.values()) < 1e-5
     assert Watched.seen == strides
+
+
+SEEN: list[tuple[int, ...]] = []
+
+_library = torch.library.Library("kernel_pytorch_test_layout", "FRAGMENT")
+_library.define("twice(Tensor x) -> Tensor")
+_library.define("twice_backward(Tensor gradient) -> Tensor")
+
+
+def _twice(x):
+    return x * 2
+
+
+def _twice_backward(gradient):
+    SEEN.append(gradient.stride())
+    return gradient * 2
+
+
+_library.impl("twice", _twice, "CompositeExplicitAutograd")
+_library.impl("twice_backward", _twice_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("kernel_pytorch_test_layout::twice", lambda x: x * 2, lib=_library)
+torch.library.register_fake("kernel_pytorch_test_layout::twice_backward", lambda g: g * 2, lib=_library)
+torch.library.register_autograd(
+    "kernel_pytorch_test_layout::twice",
+    lambda ctx, grad: torch.ops.kernel_pytorch_test_layout.twice_backward(grad),
+    lib=_library,
+)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gradient_of_another_layout_is_turned(compiled, kept) -> None:
+    def run(x):
+        # `[batch, tokens, heads, size]` in memory, as attention's output is; its gradient comes as `[b, h, t, s]`.
+        out = torch.ops.kernel_pytorch_test_layout.twice(x.transpose(1, 2))
+        out = with_gradient_in_layout(out) if kept else out
+        return (out.contiguous() * weight).sum()
+
+    weight = torch.randn(2, 3, 5, 4)
+    x = torch.randn(2, 5, 3, 4, requires_grad=True)
+    SEEN.clear()
+    call = torch.compile(run, fullgraph=True) if compiled else run
+    (grad,) = torch.autograd.grad(call(x), x)
+    assert torch.allclose(grad, 2 * weight.transpose(1, 2))
+    (strides,) = SEEN
+    assert (strides == x.transpose(1, 2).stride()) is kept

@@ -11,11 +11,12 @@ on an H200). Nothing raises.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["cudnn_mistakes_layouts", "in_layout", "keep_layout"]
+__all__ = ["cudnn_mistakes_layouts", "in_layout", "keep_layout", "with_gradient_in_layout"]
 
 _SAME = 0.1
 """Relative difference of two gradients above which they are not of one function; measured: below 1e-6 or 1.4."""
@@ -31,12 +32,34 @@ def in_layout(gradient: Tensor, strides: tuple[int, ...]) -> Tensor:
 def keep_layout(out: Tensor) -> Tensor:
     """Let the gradient of an output arrive in the output's own layout, where cuDNN mistakes others; return the output.
 
-    Does nothing while `torch.compile` traces: it hands the operator the strides that it was traced with.
+    While `torch.compile` traces, always: nothing can be tried then, what has the layout already is not copied, and the
+    same process may run the shape eagerly, too.
     """
-    if out.requires_grad and out.is_cuda and not torch.compiler.is_compiling() and _needed(out.device):
+    if not (out.requires_grad and out.is_cuda):
+        return out
+    if torch.compiler.is_compiling():
+        return with_gradient_in_layout(out)
+    if _needed(out.device):
         strides = out.stride()
         out.register_hook(lambda gradient: in_layout(gradient, strides))
     return out
+
+
+class _InLayout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        ctx.strides = out.stride()
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return in_layout(gradient, ctx.strides)
+
+
+def with_gradient_in_layout(out: Tensor) -> Tensor:
+    """Return an output whose gradient has its strides, by operators that a compiler traces."""
+    found: Tensor = _InLayout.apply(out)
+    return found
 
 
 def _needed(device: torch.device) -> bool:
