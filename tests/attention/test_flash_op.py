@@ -255,3 +255,11 @@ def test_without_the_packages_the_reason_says_what_to_install(monkeypatch):
     fa3.missing.cache_clear()
     fa4.missing.cache_clear()
     assert api.implementations()["fa4"].packages[0] == "flash-attn-4"
+
+
+@pytest.mark.parametrize(("head_dim", "fits"), [(72, False), (80, True)])
+def test_fp8_takes_head_sizes_that_16_divides(packages, head_dim, fits):
+    shape = AttentionShape(1, 7, 7, 33, 33, head_dim, torch.float16, is_causal=True)
+    skip = unsupported("fa3_fp8", shape, CPU, backward=False)
+    assert (skip is None) is fits
+    assert fits or "16 divides" in skip.reason

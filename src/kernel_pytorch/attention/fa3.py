@@ -31,6 +31,10 @@ _SHORT = 128
 """Queries up to which the keys may be split over multiprocessors: without that few blocks would run."""
 
 
+_FP8_HEADS = 16
+"""Elements of FP8 in 16 bytes, which is what a row must be a multiple of."""
+
+
 @functools.cache
 def missing() -> Skip | None:
     """Return why the package cannot be imported; `None` where it can."""
@@ -92,6 +96,8 @@ flash_op.BACKWARD["fa3"] = _backward
 def _fits_fp8(shape: AttentionShape, device: torch.device, *, backward: bool) -> Skip | None:
     if backward:
         return Skip("FlashAttention-3 in FP8 computes the forward only", "run it under torch.no_grad()")
+    if shape.head_dim % _FP8_HEADS or (shape.value_dim or shape.head_dim) % _FP8_HEADS:
+        return Skip(f"FlashAttention-3 in FP8 takes head sizes that {_FP8_HEADS} divides, got {shape.head_dim}")
     return fits(shape, device, backward=False)
 
 
