@@ -40,7 +40,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Candidate]:
         peak = PEAKS[str(params["recompute"]["keep"])] if params else PEAKS[""]
         if params.get("shard", {}).get("windows") is False:
             peak -= 1
-        return SimpleNamespace(fits=True, peak_bytes=peak, flops=FLOPS)
+        flops = FLOPS + 20 * list(PEAKS).index(str(params["recompute"]["keep"]) if params else "")
+        return SimpleNamespace(fits=True, peak_bytes=peak, flops=flops)
 
     monkeypatch.setattr(patterns, "fit_tpu", fit)
     monkeypatch.setattr(patterns, "call_on_device", lambda *_: Survey(FLOPS, OPTIONS, (), "Block"))
@@ -58,7 +59,9 @@ def kept(searched: Searched) -> str:
 
 
 def test_the_cheapest_set_that_reaches_the_goal_is_taken(asked: list[Candidate]) -> None:
-    assert kept(search(4)) == "some"
+    found = search(4)
+    assert kept(found) == "some"
+    assert found.chosen.extra_flops == pytest.approx(40 / FLOPS)  # type: ignore[union-attr]
     assert kept(search(3)) == "more"
     assert kept(search(2)) == "most"
     assert search(9).chosen.candidate == Candidate()  # type: ignore[union-attr]

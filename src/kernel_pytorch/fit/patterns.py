@@ -93,6 +93,8 @@ def search_patterns(
         extra = option.flops / found.flops - 1.0
         tell(f"{option.candidate} ({extra:+.1%} operations)")
         again = _compiled(replace(build, candidate=option.candidate), topology, name)
+        if again.fit is not None:
+            extra = again.fit.flops / found.flops - 1.0  # on a slice the last block is not left plain
         tried.append(replace(again, extra_flops=extra))
         return memory_bytes is not None and _reaches(tried[-1], memory_bytes)
 
