@@ -55,7 +55,7 @@ def run(lowered: Lowered, flops: int, *, windows: bool) -> dict[str, Any]:
     )
     classes: Counter[str] = Counter()
     for buffer in compiled.buffers:
-        classes[f"argument {_role(buffer.name)}" if buffer.kind == "argument" else _kind(buffer.source)] += buffer.bytes
+        classes[f"argument_{_role(buffer.name)}" if buffer.kind == "argument" else _kind(buffer.source)] += buffer.bytes
     return {
         "candidate": str(CANDIDATE),
         "fits": compiled.fits,
@@ -83,12 +83,12 @@ def _role(name: str) -> str:
 
 def _kind(source: str) -> str:
     module = source.rpartition("/")[0]
-    backward = " (backward)" if module.endswith("(backward)") else ""
+    backward = "_backward" if module.endswith("(backward)") else ""
     if "attention" in module:
         return f"attention{backward}"
     if module.startswith("blocks."):
         return f"blocks{backward}"
-    return f"{module.removesuffix(' (backward)') or 'unnamed'}{backward}"
+    return f"{module.removesuffix(' (backward)').replace(' ', '_') or 'unnamed'}{backward}"
 
 
 def main() -> None:
