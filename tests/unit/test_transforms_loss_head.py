@@ -92,6 +92,71 @@ def test_a_model_lifted_to_fp64_keeps_its_own_loss() -> None:
     assert "_loss_function" not in vars(net)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("extra", [{}, {"num_items_in_batch": torch.tensor(7)}])
+def test_chunked_the_compiled_loss_has_no_logits_and_the_same_gradients(monkeypatch: pytest.MonkeyPatch, extra) -> None:
+    monkeypatch.setattr(loss_head, "unsupported", lambda *_: None)  # on a CPU the definitions of the kernels run
+    plain, net = model(), model()
+    program = begin(net, Mode.TRAINING, {"main": Call((), batch())})
+    program = LossHead().apply(program, Step("loss_head", {"chunked": True}))
+    asked: list[torch.Size] = []
+    real = loss_head.linear_cross_entropy
+    monkeypatch.setattr(
+        loss_head,
+        "linear_cross_entropy",
+        lambda hidden, *a, **k: (asked.append(hidden.shape), real(hidden, *a, **k))[1],
+    )
+    given = batch() | extra
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    call = torch.compile(lambda: program.call(**given).loss, backend=keep, fullgraph=True)
+    want, got = plain(**given).loss, call()
+    assert asked == [torch.Size([18, 16])]
+    assert torch.allclose(got, want, rtol=1e-6)
+    want.backward()
+    got.backward()
+    for p, q in zip(plain.parameters(), net.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6)
+    (graph,) = graphs
+    (output,) = graph.graph.find_nodes(op="output")
+    assert [node.meta["example_value"].shape for node in output.args[0]] == [()]
+    graph.graph.eliminate_dead_code()
+    made = [n for n in graph.graph.find_nodes(op="call_function", target=nn.functional.linear) if n.args[0].meta]
+    assert all(n.meta["example_value"].shape[:-1] != (2, 9) or n.meta["example_value"].shape[-1] != 97 for n in made)
+    with torch.no_grad():
+        assert torch.equal(program.call(**given).logits, plain(**given).logits)  # eager code makes them as ever
+    for undo in reversed(program.undo):
+        undo()
+    assert "forward" not in vars(net.lm_head)
+    assert torch.equal(net(**given).loss, plain(**given).loss)
+
+
+def test_chunked_keeps_what_an_earlier_step_made_of_the_head_and_refuses_one_in_fp8() -> None:
+    from kernel_pytorch.precision.linear import swap_linear
+
+    net = model()
+    before = net.lm_head.forward = lambda x: torch.nn.functional.linear(x, 2 * net.lm_head.weight)
+    program = begin(net, Mode.TRAINING, {"main": Call((), batch())})
+    LossHead().apply(program, Step("loss_head", {"chunked": True}))
+    x = torch.randn(2, 3, 16)
+    assert torch.equal(net.lm_head(x), before(x))
+    for undo in reversed(program.undo):
+        undo()
+    assert net.lm_head.forward is before
+    net = model()
+    net.lm_head = nn.Linear(16, 96, bias=False)
+    swap_linear(net.lm_head, "tensorwise_current")
+    program = begin(net, Mode.TRAINING, {"main": Call((), batch())})
+    with pytest.raises(CandidateError, match="runs in FP8"):
+        LossHead().apply(program, Step("loss_head", {"chunked": True}))
+    assert "_loss_head_made" not in vars(net.lm_head)
+
+
 class Other(nn.Module):
     """A model whose loss is another, or is kept elsewhere."""
 
@@ -147,6 +212,9 @@ def test_who_is_offered_it() -> None:
         )  # fmt: skip
 
     transform = LossHead()
-    assert transform.propose(workload("aten.nll_loss_forward"), spec("nvidia")) == [Step("loss_head")]
+    assert transform.propose(workload("aten.nll_loss_forward"), spec("nvidia")) == [
+        Step("loss_head"),
+        Step("loss_head", {"chunked": True}),
+    ]
     assert isinstance(transform.propose(workload("aten.mm"), spec("nvidia")), Skip)
     assert isinstance(transform.propose(workload("aten.nll_loss_forward"), spec("cpu")), Skip)

@@ -1,13 +1,18 @@
 # ruff: noqa: PLR0917
 """Compute the loss of a causal language model from its logits without fp32 copies (`ops/linear_cross_entropy`).
 
-The logits stay: they are part of what such a model returns, and a plan does not change that. A training loop that needs
-the loss alone saves them as well with `ops.linear_cross_entropy.causal_lm_loss(model, input_ids, labels)`.
+The logits stay: they are part of what such a model returns, and a plan does not change that. A training loop that
+needs the loss alone saves them as well with `ops.linear_cross_entropy.causal_lm_loss(model, input_ids, labels)`, or
+by a plan with `chunked`: in compiled code the loss is computed from what the head read, chunk by chunk of rows, and
+where the loss alone is compiled (`compile(scope=loss)`) nothing reads the logits any more and the compiler drops
+them.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +23,8 @@ from kernel_pytorch._triton.launch import cannot_run
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
-from kernel_pytorch.ops.linear_cross_entropy.api import cross_entropy, unsupported
+from kernel_pytorch.ops.linear_cross_entropy.api import cross_entropy, linear_cross_entropy, unsupported
+from kernel_pytorch.precision.site import place_of
 from kernel_pytorch.transforms.ceilings import bounded
 
 __all__ = ["LossHead", "next_token_loss"]
@@ -26,6 +32,7 @@ __all__ = ["LossHead", "next_token_loss"]
 _IGNORED = -100
 _VENDORS = ("nvidia", "amd")
 _SLOT = "_loss_function"
+_MADE = "_loss_head_made"
 
 
 def next_token_loss(
@@ -49,17 +56,27 @@ def next_token_loss(
         kwargs: What the model hands to every loss, and this one does not use either.
     """
     del kwargs
-    if shift_labels is None:
-        assert labels is not None
-        shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    rows, targets = logits.reshape(-1, vocab_size), shift_labels.reshape(-1).to(logits.device)
+    rows, targets = logits.reshape(-1, vocab_size), _targets(logits, labels, ignore_index, shift_labels)
     if num_items_in_batch is None:
         return cross_entropy(rows, targets, ignore_index=ignore_index)
     return cross_entropy(rows, targets, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
 
 
+def _targets(
+    like: torch.Tensor, labels: torch.Tensor | None, ignore_index: int, shift_labels: torch.Tensor | None
+) -> torch.Tensor:
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return shift_labels.reshape(-1).to(like.device)
+
+
 class LossHead:
-    """Put `next_token_loss` in the place of a model's `loss_function`, where that is the same function."""
+    """Put `next_token_loss` in the place of a model's `loss_function`, where that is the same function.
+
+    `chunked=True`: compiled code computes the loss from what the head read, without logits; how that does on a GPU has
+    not been measured.
+    """
 
     name = "loss_head"
     summary = "compute the loss of a causal language model without fp32 copies of its logits"
@@ -83,7 +100,7 @@ class LossHead:
             return skip
         if not any("nll_loss" in name or "cross_entropy" in name for name in workload.operators):
             return Skip("the workload computes no cross-entropy")
-        return [Step(self.name)]
+        return [Step(self.name), Step(self.name, {"chunked": True})]
 
     def ceiling(self, step: Step, prediction: Prediction, device: DeviceSpec) -> float:
         """The softmax, the casts of logits and what surrounds them may cost nothing."""
@@ -95,14 +112,19 @@ class LossHead:
         model, given = program.model, vars(program.model).get(_SLOT)
         own = getattr(model, "loss_function", None)
         reason = _differs(model, own)
+        loss = _Loss(own)
+        if not reason and step.params.get("chunked", False):
+            reason = _note_head(model, loss)
         if not reason:
-            reason = _put(model, _Loss(own), given)
+            reason = _put(model, loss, given)
         if reason:
+            _forget_head(loss)
             raise CandidateError(
                 f"{step}: {reason}",
                 fix="call kernel_pytorch.ops.linear_cross_entropy from the training loss of your own",
             )
         program.undo.append(lambda: _take_back(model, given))
+        program.undo.append(lambda: _forget_head(loss))
         return program
 
     def source(self, step: Step) -> str:
@@ -137,12 +159,85 @@ class _Loss:
 
     def __init__(self, own: Any) -> None:
         self.own = own
+        self.head: nn.Linear | None = None
 
     def __call__(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden = None if self.head is None else _read(self.head, logits)
         if unsupported(logits) is not None:
             loss: torch.Tensor = self.own(logits, *args, **kwargs)
             return loss
+        if hidden is not None and self.head is not None:
+            return _chunked_loss(self.head, hidden, *args, **kwargs)
         return next_token_loss(logits, *args, **kwargs)
+
+
+@dataclass(slots=True)
+class _Made:
+    """What a head computed last, and from what, until its loss asks; and the `forward` that an earlier step gave it."""
+
+    own: Callable[[torch.Tensor], torch.Tensor] | None = None
+    logits: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+
+
+def _chunked_loss(
+    head: nn.Linear,
+    hidden: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = _IGNORED,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Return `next_token_loss` of the logits that the head makes of `hidden`, `[batch, sequence, width]`."""
+    del kwargs, vocab_size
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), _targets(hidden, labels, ignore_index, shift_labels)
+    if num_items_in_batch is None:
+        return linear_cross_entropy(rows, head.weight, targets, bias=head.bias, ignore_index=ignore_index)
+    total = linear_cross_entropy(rows, head.weight, targets, bias=head.bias, ignore_index=ignore_index, reduction="sum")
+    return total / num_items_in_batch
+
+
+def _note_head(model: nn.Module, loss: _Loss) -> str:
+    """Let the layer that makes the logits note what it reads; return why that cannot be, or an empty string."""
+    ask = getattr(model, "get_output_embeddings", None)
+    head = ask() if callable(ask) else None
+    if type(head) is not nn.Linear:
+        return f"{type(model).__name__} does not name a linear layer that makes its logits"
+    if place_of(head) is not None:
+        return "the layer that makes the logits runs in FP8, and its loss would not"
+    setattr(head, _MADE, _Made(vars(head).get("forward")))
+    head.forward = types.MethodType(_noting, head)  # type: ignore[method-assign]
+    loss.head = head
+    return ""
+
+
+def _forget_head(loss: _Loss) -> None:
+    if loss.head is not None:
+        vars(loss.head).pop("forward", None)
+        made: _Made = vars(loss.head).pop(_MADE)
+        if made.own is not None:
+            loss.head.forward = made.own  # type: ignore[method-assign, assignment]
+        loss.head = None
+
+
+def _noting(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    made: _Made = getattr(self, _MADE)
+    logits = functional.linear(input, self.weight, self.bias) if made.own is None else made.own(input)
+    if torch.compiler.is_compiling():
+        made.logits, made.hidden = logits, input
+    return logits
+
+
+def _read(head: nn.Linear, logits: torch.Tensor) -> torch.Tensor | None:
+    """Return what a head made these logits of; `None` where they are others, or in eager code."""
+    if not torch.compiler.is_compiling():
+        return None
+    made: _Made = getattr(head, _MADE)
+    given, hidden = made.logits, made.hidden
+    made.logits = made.hidden = None
+    return hidden if given is logits else None
 
 
 def _differs(model: nn.Module, own: Callable[..., Any] | None) -> str:
