@@ -43,7 +43,8 @@ def variants(device: kp.DeviceSpec) -> dict[str, list[tuple[str, dict[str, Any]]
     """Return the steps by variant, less those that cannot run on this machine."""
     base = [(name, params) for name, params in BF16 if find(name).probe(device) is None]
     chunked = [(name, {"chunked": True}) if name == "loss_head" else (name, params) for name, params in base]
-    found = {"bf16": base, "bf16, loss by chunks": chunked} | {f"float8 {name}": [*base, ("float8", {"recipe": name})] for name in RECIPES}
+    found = {"bf16": base, "bf16, loss by chunks": chunked}
+    found |= {f"float8 {name}": [*base, ("float8", {"recipe": name})] for name in RECIPES}
     found["float8 tensorwise_delayed, loss by chunks"] = [*chunked, ("float8", {"recipe": "tensorwise_delayed"})]
     found["float8 tensorwise_delayed + head"] = [*base, ("float8", {"recipe": "tensorwise_delayed", "head": True})]
     return found
