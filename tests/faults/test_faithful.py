@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import faithful as benchmark
 
+from benchmarks import faithful as benchmark
 from kernel_pytorch.core.types import Status
 
 ROOT = Path(__file__).resolve().parents[2]

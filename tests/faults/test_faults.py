@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import faults as benchmark
 
+from benchmarks import faults as benchmark
 from kernel_pytorch.core.types import Mode, Status
 
 from .faulty import BY_NAME, FAULTS
