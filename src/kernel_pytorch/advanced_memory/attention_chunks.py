@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from kernel_pytorch.advanced_memory.autocast import as_autocast
 from kernel_pytorch.advanced_memory.chunked_attention import chunked_attention
 from kernel_pytorch.attention.follow import Followed
 from kernel_pytorch.core.protocols import Program
@@ -77,6 +78,7 @@ def _attend(  # noqa: PLR0917
     causal: bool,  # noqa: FBT001
     scale: float,
 ) -> torch.Tensor | None:
+    query, key, value = as_autocast(query, key, value)
     if query.dim() != 4 or query.dtype != key.dtype or query.dtype != value.dtype or query.shape[:2] != key.shape[:2]:
         return None
     if causal and query.shape[-2] != key.shape[-2]:

@@ -76,21 +76,22 @@ def survey(build: Build, *, partitioned: bool = False, known: int = 0) -> Survey
     options: list[Option] = []
     common: list[Step] = []
 
-    def add(step: Step) -> None:
+    def add(*steps: Step) -> bool:
         try:
-            flops = _flops(build, (*common, step))
+            flops = _flops(build, (*common, *steps))
         except (CandidateError, TraceError) as error:
-            left_out.append(Skipped(step.transform, str(error)))
-            return
-        common.append(step)
+            left_out.append(Skipped(steps[-1].transform, str(error)))
+            return False
+        common.extend(steps)
         options.append(Option(Candidate(tuple(common)), flops))
+        return True
 
     if partitioned:
         left_out.append(Skipped("splash_attention", "Mosaic kernels cannot be split over devices by the partitioner"))
         if build.mode is Mode.TRAINING:
-            add(Step("chunked_attention", {"rows": 1024}))
+            _add_attention(Step("chunked_attention", {"rows": 1024}), add, build.mode, left_out)
     else:
-        add(Step("splash_attention"))
+        _add_attention(Step("splash_attention"), add, build.mode, left_out)
     if build.mode is Mode.TRAINING:
         logits = _logits(build)
         if logits:
@@ -105,6 +106,13 @@ def survey(build: Build, *, partitioned: bool = False, known: int = 0) -> Survey
     else:
         options += _recomputing(build, common, block, left_out)
     return Survey(base, tuple(sorted(options, key=lambda o: o.flops)), tuple(left_out), block)
+
+
+def _add_attention(step: Step, add: Callable[..., bool], mode: Mode, left_out: list[Skipped]) -> None:
+    """Add a pattern of attention, if need be with the masks that transformers makes while it is traced taken away."""
+    if not add(step) and mode is Mode.TRAINING:
+        add(Step("causal_mask"), step)
+        left_out.pop()  # the reason of the first where the second applies; where neither does, one remains
 
 
 def _recomputing(build: Build, common: list[Step], block: str, left_out: list[Skipped]) -> Iterator[Option]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kernel_pytorch.advanced_memory.autocast import as_autocast
 from kernel_pytorch.attention.follow import Followed
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
@@ -81,6 +82,7 @@ def _attend(
     scale: float,
 ) -> torch.Tensor | None:
     """Return attention of `[batch, heads, rows, width]`; `None` for shapes the kernel does not take."""
+    query, key, value = as_autocast(query, key, value)
     if query.dim() != 4 or query.dtype != key.dtype or query.dtype != value.dtype:
         return None
     if query.shape[-2] % _LANES or key.shape[-2] % _LANES or query.shape[:2] != key.shape[:2]:
