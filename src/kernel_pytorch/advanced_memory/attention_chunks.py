@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 
-from kernel_pytorch.advanced_memory.autocast import as_autocast
 from kernel_pytorch.advanced_memory.chunked_attention import chunked_attention
 from kernel_pytorch.attention.follow import Followed
+from kernel_pytorch.backends.tpu.autocast import as_autocast
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernel_pytorch.advanced_memory.autocast import as_autocast
+from kernel_pytorch.backends.tpu.autocast import as_autocast
 
 
 def test_tensors_of_several_dtypes_become_alike_where_autocast_is_on() -> None:
