@@ -177,3 +177,6 @@ def test_layers_in_float8_have_their_products_measured_too() -> None:
     for undo in reversed(program.undo):
         undo()
     assert not site.measured
+    swap_linear(model[0], "rowwise")
+    LinearAlgorithm().apply(begin(model, Mode.TRAINING, {"main": Call((x,), {})}), STEP)
+    assert not site_of(model[0]).measured  # scales by row are PyTorch's kernel's

@@ -1,6 +1,6 @@
 """Run the matrix products of `nn.Linear` by measured algorithms of cuBLASLt (`ops.linear`): the modules stay.
 
-Layers that an earlier step lets run in FP8 have their products measured in FP8.
+Layers that an earlier step lets run in FP8 with one scale a tensor have their products measured in FP8.
 
 `forward` is set on the instance, for Dynamo does not look into the slot of `nn.Module.compile` of an inner module.
 Pickling drops it; `copy.deepcopy` binds it to the copy.
@@ -72,7 +72,7 @@ class LinearAlgorithm:
         if step.params.get("choice") != "measured":
             raise CandidateError(f"{step}: choice must be measured")
         found = [m for m in program.model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
-        sites = [site for site, _ in named_sites(program.model).values() if not site.measured]
+        sites = [s for s, _ in named_sites(program.model).values() if not (s.measured or s.recipe.by_row)]
         if not found and not sites:
             raise CandidateError(f"{step}: the model has no plain nn.Linear")
         _measure_products(sites, on=True)

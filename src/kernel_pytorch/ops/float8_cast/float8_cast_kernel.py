@@ -123,8 +123,8 @@ def known_scale(state, partials, count, limit, PARTIALS: tl.constexpr, POWER_OF_
     """Return (scale, inverse, amax, whether it is new): the state's scale, or that of the partial maxima.
 
     Which of both is told behind the partial maxima (`prepare`), not by the state: the first program to end writes a new
-    scale there, and threads of one program that read before and after would part at the next barrier. (Seen on an H200:
-    words of the transposed copy that came from shared memory too early.)
+    scale there, and threads of one program that read before and after would part at the next barrier. (What an H200
+    showed fits: now and then words of a transposed copy that came from shared memory too early.)
     """
     if state is None:
         scale, inverse, amax = _scale_of_partials(partials, count, limit, PARTIALS, POWER_OF_2)
