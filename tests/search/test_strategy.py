@@ -163,3 +163,17 @@ def test_what_is_mostly_rejected_waits_for_the_first_compilation_and_still_joins
     order = run(strategy, answers, most=6)
     assert order[:3] == [label(one), label(one, whole), label(small)]
     assert label(small, one, whole) in order
+
+
+def test_winners_that_cannot_be_compiled_are_tried_together_without() -> None:
+    bf16, packed, whole = step("dtype"), step("prepack"), step("compile")
+    cheap = ((Fake("dtype", "precision"), (bf16,)), (Fake("prepack", "weights"), (packed,)))
+    strategy = Strategy(proposals(*cheap, COMPILE), {}, 0.02)
+    answers = {
+        label(bf16): at(1.65),
+        label(packed): at(1.1),
+        label(bf16, whole): at(2.1),
+        label(bf16, packed, whole): refused,
+        label(bf16, packed): at(3.0),
+    }
+    assert run(strategy, answers, most=5) == [*answers]

@@ -113,7 +113,11 @@ class Strategy:
                 if all(self._status(c) in (None, Status.OK) for c in swapped):
                     continue
             yield from self._extensions(self._best(plain), [step], along=inside)
-            yield from self._all_winners(self._best(compiled), kept)
+            together = list(self._all_winners(self._best(compiled), kept))
+            yield from together
+            if any(self._status(c) is Status.FAILED for c in together):
+                # A winner that cannot be compiled may be worth more with the others than compilation is.
+                yield from self._all_winners(self._best(plain), kept)
         yield from self._leaders([s for s in cheap if s.transform in late])
         plain = compiled
         yield from self._extensions(self._best(plain), [s for s in kept if self._gains(s)])
