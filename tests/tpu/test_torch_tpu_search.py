@@ -80,6 +80,17 @@ def inference(tmp_path_factory):
     return directory, *search(directory, "inference", "inference", "compile,dtype")
 
 
+def test_the_plan_holds_what_the_compiler_says_of_its_memory(inference):
+    directory, text, plan = inference
+    unmodified = plan["memory"][0]
+    assert unmodified["whose"] == "unmodified"
+    assert unmodified["fits"] is True, unmodified["reason"]
+    weights = 4 * (64 * 256 + 256 + 256 * 64 + 64)
+    assert weights <= unmodified["parts"]["parameters"] <= unmodified["peak_bytes"] < unmodified["capacity_bytes"]
+    assert "by the compiler for v" in " ".join(text.split())
+    assert 'id="fit"' in (directory / "report.html").read_text(encoding="utf-8")
+
+
 def trials(plan, transform):
     return [t for t in plan["evidence"] if any(s["transform"] == transform for s in t["candidate"]["steps"])]
 

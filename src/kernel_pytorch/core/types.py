@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from kernel_pytorch.core.step_memory import StepMemory
+
 __all__ = [
     "Candidate",
     "Check",
@@ -441,6 +443,8 @@ class Plan:
         config: The configuration as plain JSON values.
         command: The command line that reproduces the search.
         search_seconds: What the search took.
+        memory: What the device's compiler says of the unmodified step, and of the chosen one where that is another;
+            empty where the device has no compiler that can be asked.
     """
 
     device: DeviceSpec
@@ -455,6 +459,7 @@ class Plan:
     package_version: str
     command: str = ""
     search_seconds: float = 0.0
+    memory: tuple[StepMemory, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     @property

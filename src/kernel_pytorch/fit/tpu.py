@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
-from kernel_pytorch.backends.tpu.ahead import Lowered, compile_lowered, lower_program
+from kernel_pytorch.backends.tpu.ahead import COMPILE_LIMIT_S, Lowered, compile_lowered, lower_program
 from kernel_pytorch.backends.tpu.compiler import Compiled
 from kernel_pytorch.backends.tpu.sharding import argument_shardings, spread_marks
 from kernel_pytorch.backends.tpu.topology import Topology
@@ -22,7 +22,9 @@ __all__ = ["fit_tpu", "outcome"]
 _NOTE = "the TPU compiler's own figures for one device; nothing ran, and none of it is verified on hardware"
 
 
-def fit_tpu(build: Build, topology: Topology, *, name: str = "", dump: bool = True) -> Fit:
+def fit_tpu(
+    build: Build, topology: Topology, *, name: str = "", dump: bool = True, timeout_s: float = COMPILE_LIMIT_S
+) -> Fit:
     """Return memory and cost of a program's step on one device of a slice.
 
     Args:
@@ -31,6 +33,7 @@ def fit_tpu(build: Build, topology: Topology, *, name: str = "", dump: bool = Tr
             one batch and the state over them.
         name: Of the target, for people.
         dump: Also read which buffers there are.
+        timeout_s: Limit of the compilation.
 
     Raises:
         KptError: The program cannot be traced or lowered, or the compiler is missing or refuses it.
@@ -39,7 +42,7 @@ def fit_tpu(build: Build, topology: Topology, *, name: str = "", dump: bool = Tr
     lowered = lower_program(build)
     sharding = next((s.params for s in build.candidate.steps if s.transform == "shard"), None)
     if sharding is None:
-        compiled = compile_lowered(lowered, topology, dump=dump)
+        compiled = compile_lowered(lowered, topology, dump=dump, timeout_s=timeout_s)
     else:
         lowered = replace(lowered, stablehlo=spread_marks(lowered.stablehlo, topology.devices))
         compiled = compile_lowered(
@@ -49,6 +52,7 @@ def fit_tpu(build: Build, topology: Topology, *, name: str = "", dump: bool = Tr
             argument_shardings=argument_shardings(lowered.arguments, topology.devices, str(sharding["parameters"])),
             windows=bool(sharding.get("windows", True)),
             dump=dump,
+            timeout_s=timeout_s,
         )
     total = time.perf_counter() - began
     split = 1 if sharding is None else topology.devices

@@ -1,7 +1,8 @@
-"""An answer of `kpt fit` as a section for an HTML report, and as a page of its own that loads nothing else."""
+"""An answer of `kpt fit` as an HTML page that loads nothing else, and the bar of memory that reports share with it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from kernel_pytorch.fit.outcome import Fit, How
 from kernel_pytorch.report import figures
 from kernel_pytorch.report.fit import headline, largest_buffers
 
-__all__ = ["fit_section", "fit_styles", "write_fit_page"]
+__all__ = ["fit_styles", "memory_bar", "write_fit_page"]
 
 _HUES = {"parameters": "chosen", "optimizer": "failed", "buffers": "base", "batch": "slow", "temporaries": "ok"}
 _SHOWN = 20
@@ -46,13 +47,8 @@ def write_fit_page(fit: Fit, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def fit_section(fit: Fit) -> Markup:
-    """Return the section alone, for a report whose style has `fit_styles`."""
-    return Markup(_environment().get_template("fit_section.html.j2").render(**_context(fit)))  # noqa: S704  escaped
-
-
 def fit_styles() -> Markup:
-    """Return the style of the section."""
+    """Return the style of the bar, and of what stands around it."""
     return Markup((files("kernel_pytorch.report") / "templates" / "fit.css").read_text("utf-8"))  # noqa: S704
 
 
@@ -66,20 +62,33 @@ def _environment() -> Environment:
     )
 
 
-def _context(fit: Fit) -> dict[str, Any]:
-    used = sum(fit.parts.values())
-    whole = max(fit.capacity_bytes, used, fit.needed_bytes, 1)
-    bar = [
-        {"name": name, "size": figures.size(size), "width": round(100 * size / whole, 3), "hue": _HUES[name]}
-        for name, size in fit.parts.items()
+def memory_bar(parts: Mapping[str, int], *, capacity_bytes: int, whole_bytes: int = 0, hue: str = "") -> dict[str, Any]:
+    """Return what the template `membar.html.j2` draws: parts side by side, and a line where the device's memory ends.
+
+    Args:
+        parts: Bytes by what they are.
+        capacity_bytes: Of one device; 0 where it is not known.
+        whole_bytes: What the bar's full width stands for, at least; bars below each other share it.
+        hue: Colour of parts that have none of their own.
+    """
+    whole = max(capacity_bytes, sum(parts.values()), whole_bytes, 1)
+    drawn = [
+        {"name": name, "size": figures.size(size), "width": round(100 * size / whole, 3), "hue": _HUES.get(name, hue)}
+        for name, size in parts.items()
     ]
+    return {
+        "parts": drawn,
+        "label": ", ".join(f"{part['name']} {part['size']}" for part in drawn),
+        "limit": round(100 * capacity_bytes / whole, 3) if capacity_bytes else None,
+        "capacity": figures.size(capacity_bytes),
+    }
+
+
+def _context(fit: Fit) -> dict[str, Any]:
     return {
         "title": "Does it fit",
         "caption": _HOW[fit.how],
-        "bar": bar,
-        "bar_label": ", ".join(f"{part['name']} {part['size']}" for part in bar),
-        "limit": round(100 * fit.capacity_bytes / whole, 3) if fit.capacity_bytes else None,
-        "capacity": figures.size(fit.capacity_bytes),
+        "bar": memory_bar(fit.parts, capacity_bytes=fit.capacity_bytes, whole_bytes=fit.needed_bytes),
         "message": fit.message,
         "cards": _cards(fit),
         "modules": [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from kernel_pytorch.core.step_memory import StepMemory
 from kernel_pytorch.core.types import Check, Plan, Step, Trial
 from kernel_pytorch.report import reading
 
@@ -49,6 +50,7 @@ def explain(plan: Plan) -> dict[str, Any]:
             "mode": str(plan.workload.mode),
             "parameters": plan.workload.parameters,
         },
+        "memory": [_memory(m) for m in plan.memory],
         "trials": [_trial(plan, t) for t in plan.evidence],
         "untried": [{"candidate": u.candidate.label, "reason": u.reason} for u in plan.untried],
         "skipped": [{"transform": s.transform, "reason": s.reason, "fix": s.fix} for s in plan.skipped],
@@ -70,6 +72,22 @@ def _check(check: Check) -> dict[str, Any]:
         "budget": _finite(check.budget),
         "detail": check.detail,
         "case": check.case,
+    }
+
+
+def _memory(memory: StepMemory) -> dict[str, Any]:
+    return {
+        "whose": str(memory.whose),
+        "place": memory.place,
+        "how": "compiled",
+        "verified": False,
+        "fits": memory.fits,
+        "peak_bytes": memory.peak_bytes or None,
+        "needed_bytes": memory.needed_bytes or None,
+        "capacity_bytes": memory.capacity_bytes or None,
+        "parts": dict(memory.parts),
+        "modules": {m.module: m.bytes for m in memory.modules},
+        "reason": memory.reason,
     }
 
 

@@ -18,6 +18,8 @@ from markupsafe import Markup, escape
 from kernel_pytorch.core.types import Check, Gate, Mode, NumericsReport, Plan, Status, Trial
 from kernel_pytorch.report import figures, reading
 from kernel_pytorch.report.charts import chart_data
+from kernel_pytorch.report.fit_page import fit_styles
+from kernel_pytorch.report.memory import memory_groups
 
 __all__ = ["page"]
 
@@ -65,7 +67,7 @@ def _assets() -> Mapping[str, Any]:
         "theme_script": Markup(theme),  # noqa: S704  # the package's own files, not a plan's text
         "library": Markup(library),  # noqa: S704
         "script": Markup(script),  # noqa: S704
-        "style": Markup((here / "templates" / "report.css").read_text("utf-8")),  # noqa: S704
+        "style": Markup((here / "templates" / "report.css").read_text("utf-8")) + fit_styles(),  # noqa: S704
         "script_hashes": Markup(" ".join(f"'sha256-{d}'" for d in digests)),  # noqa: S704
         "echarts_version": json.loads((here / "vendor" / "echarts.version.json").read_text("utf-8"))["version"],
     }
@@ -108,6 +110,7 @@ def _context(plan: Plan, directory: str) -> dict[str, Any]:
             for c in ceilings
         ],
         "honesty": _honesty(ceilings),
+        "memory": memory_groups(plan),
         "layers": [
             (name or "(the model itself)", figures.milliseconds(before), figures.milliseconds(after))
             for name, (before, after) in reading.layers(plan).items()

@@ -22,6 +22,7 @@ from kernel_pytorch.core.types import (
     WorkloadSpec,
 )
 from kernel_pytorch.report import figures, reading
+from kernel_pytorch.report.memory import memory_verdict
 
 __all__ = ["render_device", "render_packages", "render_numerics", "render_plan", "render_prediction", "styled_status"]
 
@@ -219,6 +220,9 @@ def _key_facts(plan: Plan) -> Table:
         calls = measurement.break_even_calls
         paid = "" if calls is None else f", paid back after {calls:,} calls"
         _fill(facts, "compile", figures.seconds(measurement.compile_seconds) + paid)
+    for memory in plan.memory:
+        told = f"{memory.whose} {memory_verdict(memory)}; by the compiler for {memory.place}, unverified on hardware"
+        _fill(facts, "memory", told)
     if plan.search_seconds:
         _fill(facts, "search", figures.seconds(plan.search_seconds))
     return facts

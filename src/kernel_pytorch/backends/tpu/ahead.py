@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kernel_pytorch.backends.tpu.steps import Argument
     from kernel_pytorch.core.protocols import Program
 
-__all__ = ["AheadError", "Lowered", "call_on_device", "compile_lowered", "lower_program"]
+__all__ = ["COMPILE_LIMIT_S", "AheadError", "Lowered", "call_on_device", "compile_lowered", "lower_program"]
 
 LOWER_LIMIT_S, COMPILE_LIMIT_S = 900.0, 5400.0
 

@@ -15,6 +15,7 @@ from kernel_pytorch.core.config import KernelPyTorchConfig
 from kernel_pytorch.core.management.result import Result
 from kernel_pytorch.core.program import state_digest
 from kernel_pytorch.core.protocols import HardwareManager, Transform
+from kernel_pytorch.core.step_memory import StepMemory
 from kernel_pytorch.core.types import Event, Listener, Plan, Prediction, Trial, WorkloadSpec
 from kernel_pytorch.core.workload import Workload
 from kernel_pytorch.errors import ModelError
@@ -126,6 +127,7 @@ class UnifiedManager:
                 package_version=kernel_pytorch.__version__,
                 command=command,
                 search_seconds=time.monotonic() - started,
+                memory=self._memory(workload, spec, outcome.chosen, say),
             )
             place = self.hardware_manager.place
             result = Result(plan, workload.model(), calls, self.config, self.transforms, place)
@@ -133,3 +135,20 @@ class UnifiedManager:
                 result.write(store)
             say(Event("chosen", plan.candidate.label, trial=plan.chosen))
         return result
+
+    def _memory(self, workload: Workload, spec: WorkloadSpec, chosen: Trial, say: Listener) -> tuple[StepMemory, ...]:
+        """Ask the device's compiler what the step takes, where it can be asked without the device."""
+        if self.hardware_manager.vendor != "tpu":
+            return ()
+        from kernel_pytorch.fit.planned import memory_of
+
+        say(Event("note", "the TPU compiler is asked for the memory of the step"))
+        assert self.config.budget_s is not None
+        return memory_of(
+            workload,
+            spec,
+            self.hardware_manager.spec,
+            chosen.candidate,
+            timeout_s=self.config.budget_s,
+            trust_remote_code=self.config.trust_remote_code,
+        )
