@@ -14,10 +14,12 @@ from kernel_pytorch.ops.float8_cast.shapes import AWKWARD, SHAPES
 from kernel_pytorch.ops.float8_gated_mlp import float8_gated_mlp_backward_op, float8_gated_mlp_op
 from kernel_pytorch.ops.float8_gated_mlp.reference import backward_reference, forward_reference
 from kernel_pytorch.ops.float8_matmul import float8_matmul, unsupported
+from kernel_pytorch.precision.convert import convert
 from kernel_pytorch.precision.emulate import multiplied
 from kernel_pytorch.precision.linear import swap_linear
 from kernel_pytorch.precision.mlp import swap_mlp
 from kernel_pytorch.precision.recipes import RECIPES
+from kernel_pytorch.precision.site import site_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,6 +64,24 @@ def test_casts_are_those_of_the_definition(shape, dtype, form, power_of_2) -> No
                 different = (bits(a) != bits(b)).double().mean() if a.numel() else 0.0
                 assert different <= (0.0 if power_of_2 else 1e-5)
         assert torch.allclose(mine, theirs, rtol=1e-6)
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+@pytest.mark.parametrize("shape", [*AWKWARD, *SHAPES[:2]])
+def test_casts_multiply_factors_in(shape, delayed) -> None:
+    torch.manual_seed(0)
+    mine, theirs = (fresh_state(4, "cuda") if delayed else None for _ in range(2))
+    rows, columns = torch.rand(shape[0], device="cuda") + 0.1, torch.randn(shape[1], device="cuda").bfloat16()
+    for i in range(3):
+        x = (torch.randn(shape, device="cuda") * 1.7**i).bfloat16()
+        got = float8_cast(x, E4M3, mine, factors=(rows, columns))
+        want = cast_reference(
+            [x], theirs, E4M3, row=True, transposed=True, update=True, roll=True, row_factor=rows, column_factor=columns
+        )
+        assert torch.allclose(got.inverse, want[2], rtol=1e-6)
+        for a, b in ((got.row, want[0]), (got.transposed, want[1])):
+            moved = (places(a) - places(b)).abs()
+            assert moved.numel() == 0 or int(moved.max()) <= 1  # products of three are rounded in another order
 
 
 @pytest.mark.parametrize("power_of_2", [False, True])
@@ -249,6 +269,29 @@ def test_compiled_as_eager(recipe) -> None:
         assert error(z, y) < 4 * EPS
         for a, b in zip(other.parameters(), model.parameters(), strict=True):
             assert error(a.grad, b.grad) < 0.05  # a rounding of the activation flips some of the next cast
+
+
+def test_compiled_after_a_norm_as_eager() -> None:
+    """Compiled, the cast computes the norm, and copies for the backward are made there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.RMSNorm(512, eps=1e-6), nn.Linear(512, 1024), nn.GELU(), nn.Linear(1024, 256))
+    model.to("cuda", torch.bfloat16)
+    given = torch.randn(300, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    convert(model, "tensorwise_delayed", example_inputs=(given.detach(),))
+    assert site_of(model[1]).normed is not None
+    other = copy.deepcopy(model)
+    run = torch.compile(other, fullgraph=True)
+    for i in range(3):
+        x, twin = ((given.detach() * (1 + i)).requires_grad_() for _ in range(2))
+        dy = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16)
+        y, z = model(x), run(twin)
+        model.zero_grad()
+        other.zero_grad()
+        y.backward(dy)
+        z.backward(dy)
+        assert error(z, y) < 0.02  # eager rounds the norm before the cast
+        for a, b in ((twin, x), *zip(other.parameters(), model.parameters(), strict=True)):
+            assert error(a.grad, b.grad) < 0.05
 
 
 def test_a_checkpoint_casts_the_same_again() -> None:

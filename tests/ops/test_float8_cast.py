@@ -138,6 +138,45 @@ def test_the_kernel_is_the_definition(interpreter, shape, dtype, form, power_of_
         assert torch.allclose(mine, theirs, rtol=1e-6)
 
 
+@pytest.mark.parametrize("delayed", [False, True])
+def test_factors_are_multiplied_in(delayed) -> None:
+    torch.manual_seed(0)
+    x, rows, columns = torch.randn(20, 48), torch.rand(20) + 0.1, torch.randn(48) * 3
+    mine, theirs = (fresh_state(2, "cpu") if delayed else None for _ in range(2))
+    for i in range(3):
+        got = float8_cast(x * 2.0**i, E4M3, mine, factors=(rows, columns))
+        want = float8_cast(x * 2.0**i * rows[:, None] * columns, E4M3, theirs)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a.float(), b.float())
+    assert mine is None or torch.equal(mine, theirs)
+    for wrong in ((rows[1:], columns), (rows, columns[1:]), (columns, rows)):
+        with pytest.raises(InputsError, match="factors are of the rows and columns"):
+            float8_cast(x, E4M3, factors=wrong)
+    with pytest.raises(InputsError, match="factors are of the rows and columns"):
+        float8_cast(x, E4M3, factors=(rows, columns), by_row=True)
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", AWKWARD)
+def test_the_kernel_multiplies_factors_in(interpreter, shape, dtype, delayed) -> None:
+    torch.manual_seed(sum(shape))
+    mine, theirs = (fresh_state(4, "cpu") if delayed else None for _ in range(2))
+    rows, columns = torch.rand(shape[0]) + 0.1, (torch.randn(shape[1]) * 3).to(dtype)
+    for i in range(3):
+        x = (torch.randn(shape) * 1.7**i).to(dtype)
+        got = float8_cast(x, E4M3, mine, factors=(rows, columns))
+        exact = x.float() * rows[:, None] * columns.float()
+        _, _, inverse = cast_reference(
+            [x], theirs, E4M3, row=True, transposed=True, update=True, roll=True, row_factor=rows, column_factor=columns
+        )
+        assert torch.allclose(got.inverse, inverse, rtol=1e-6)
+        assert misrounded(got.row, (exact / inverse).clamp(-448, 448)) == 0
+        assert torch.equal(got.transposed[:, : len(x)].float(), got.row.float().t())
+        assert not got.transposed[:, len(x) :].float().any()
+    assert mine is None or torch.allclose(mine, theirs, rtol=1e-6)
+
+
 PIECES = (([(16, 24), (48, 24), (5, 24)], 0), ([(20, 16), (20, 40)], 1), ([(130, 128), (130, 128)], 1))
 
 

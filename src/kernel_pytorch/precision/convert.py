@@ -18,6 +18,8 @@ from kernel_pytorch.errors import ModelError
 from kernel_pytorch.ops.float8_matmul import emulated, unsupported
 from kernel_pytorch.ops.gated_mlp.matching import gated_mlp_options
 from kernel_pytorch.ops.gated_mlp.reference import gated_mlp_reference
+from kernel_pytorch.ops.rms_norm.matching import rms_norm_options
+from kernel_pytorch.ops.rms_norm.reference import rms_norm_reference
 from kernel_pytorch.precision.blocks import BLOCK_RECIPES, UNVERIFIED
 from kernel_pytorch.precision.choice import PRODUCTS, Choice, LayerShape, choose
 from kernel_pytorch.precision.eligible import Verdict, verdicts
@@ -25,8 +27,10 @@ from kernel_pytorch.precision.emulate import EMULATED, emulate_linear
 from kernel_pytorch.precision.fallback import fallen
 from kernel_pytorch.precision.linear import restore_linear, swap_linears
 from kernel_pytorch.precision.mlp import fusible, restore_mlp, swap_mlp
+from kernel_pytorch.precision.normed import restore_norm, watch_norm
 from kernel_pytorch.precision.observe import Seen, alike, observe
 from kernel_pytorch.precision.recipes import RECIPES, Recipe, recipe_named
+from kernel_pytorch.precision.site import site_of
 
 __all__ = ["LayerReport", "Report", "convert", "grouped", "report", "restore", "swap_model", "swapped", "undo"]
 
@@ -176,6 +180,7 @@ def undo(model: nn.Module) -> None:
     fallen(model).clear()
     for module in model.modules():
         restore_mlp(module)
+        restore_norm(module)
         if isinstance(module, nn.Linear):
             restore_linear(module)
             if EMULATED in vars(module):
@@ -220,7 +225,8 @@ def swap_model(
     found = list(verdicts(model, allow_head=allow_head, exclude=exclude))
     layers = [v.layer for v in found if not v.reason]
     device = layers[0].weight.device if layers else torch.device("cpu")
-    observed = None if call is None or not layers else observe(run, call, layers)
+    norms = _norms(model)
+    observed = None if call is None or not layers else observe(run, call, layers, [m for m, _ in norms.values()])
     seen = observed if isinstance(observed, Seen) else None
     units = _units(model, layers, seen, named[0])
     notes = _notes(observed, tokens if auto else None)
@@ -230,6 +236,8 @@ def swap_model(
         units = [replace(unit, recipe=named[0]) for unit in units]
     for unit in units:
         _swap(unit)
+    if seen is not None:
+        _connect(units, seen, norms)
     return Report(_tell(found, units), emulated(device) and not auto, notes)
 
 
@@ -306,6 +314,33 @@ def _swap(unit: _Unit) -> None:
         swap_mlp(module, (gate, up, down), activation, unit.recipe)
     else:
         swap_linears(unit.layers, unit.recipe)
+
+
+def _norms(model: nn.Module) -> dict[int, tuple[nn.Module, dict[str, Any]]]:
+    """Return the RMSNorms of a model that compute by their class, with what they are computed with, by id."""
+    found = {}
+    for module in model.modules():
+        options = None if "forward" in vars(module) else rms_norm_options(module, _rms_norm)
+        if options is not None:
+            found[id(module)] = (module, options)
+    return found
+
+
+def _rms_norm(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return rms_norm_reference(*args, **kwargs)[0]
+
+
+def _connect(units: list[_Unit], seen: Seen, norms: dict[int, tuple[nn.Module, dict[str, Any]]]) -> None:
+    """Tell the sites of units where what they read comes from."""
+    for unit in units:
+        site = None if unit.recipe is None else site_of(unit.layers[0])
+        if site is None:
+            continue
+        site.kept = id(unit.layers[0]) in seen.kept
+        maker = seen.makers.get(id(unit.layers[0]))
+        if maker is not None and "forward" not in vars(maker) and not site.recipe.by_row:
+            options = norms[id(maker)][1]
+            site.normed = watch_norm(maker, options["eps"], options["weight_offset"])
 
 
 def _tell(found: list[Verdict], units: list[_Unit]) -> list[LayerReport]:

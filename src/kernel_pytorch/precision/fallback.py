@@ -41,6 +41,8 @@ def fall_back(model: nn.Module, path: str, reason: str) -> list[str]:
         held = vars(module).get(MLP_SLOT)
         if held is not None and site in held[:2]:
             restore_mlp(module)
+    if site.normed is not None:
+        site.normed.used = False
     members = {id(member) for member in site.layers}
     paths = []
     for name, module in model.named_modules():

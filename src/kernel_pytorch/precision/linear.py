@@ -2,7 +2,9 @@
 """Linear layers in FP8: three products, each of operands that were cast once, and FP8 kept for the backward.
 
 A Hopper GPU multiplies FP8 matrices whose inner dimensions are adjacent in both, so the backward needs transposed
-copies: of the weight for `dx`, and of input and gradient for `dw`. They are made by the pass that casts.
+copies: of the weight for `dx`, and of input and gradient for `dw`. They are made by the pass that casts; in compiled
+code those of weights, and of inputs that are kept in their own format anyway, by a pass in the backward, so that they
+take no memory in between (two bytes an element more to read).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from kernel_pytorch.ops.float8_matmul.op import float8_matmul_op
 from kernel_pytorch.precision.gathered import GatheredWeight, gathered
 from kernel_pytorch.precision.gathered import turned as transpose
 from kernel_pytorch.precision.recipes import Recipe, recipe_named
-from kernel_pytorch.precision.site import SLOT, Place, Site, place_of
+from kernel_pytorch.precision.site import OPERANDS, SLOT, Place, Site, place_of
 
 __all__ = [
     "Float8Linear",
@@ -45,16 +47,21 @@ class _Linears(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, options: Any, x: torch.Tensor, small: Any, of_gradient: Any, *parameters: Any) -> Any:
-        to, kind, power_of_2, by_row, products = options
+    def forward(ctx: Any, options: Any, x: torch.Tensor, small: Any, of_others: Any, *parameters: Any) -> Any:
+        to, kinds, power_of_2, by_row, products, (later_x, later_weight) = options
         x_row, x_turned, x_inverse, x_turned_inverse, w_row, w_turned, w_inverse, w_turned_inverse = small
         weights, biases = parameters[::2], parameters[1::2]
         sizes = [len(w) for w in weights]
         # Of a weight that FSDP gathers again for the backward, the transposed copy is made there.
-        again = isinstance(weights[0], GatheredWeight)
+        again = isinstance(weights[0], GatheredWeight) or later_weight
+        dy_state, counters, x_state, w_state, origin = of_others
         kept = [x if not products[2][0] else None, *([] if products[1][0] and not again else weights)]
-        ctx.save_for_backward(x_turned, x_turned_inverse, w_turned, w_turned_inverse, *of_gradient, *kept)
-        ctx.options, ctx.sizes, ctx.x_dtype = (kind, power_of_2, by_row, products), sizes, x.dtype
+        of_input = (x_state, *origin) if later_x else (None,) * 4
+        ctx.save_for_backward(
+            x_turned, x_turned_inverse, w_turned, w_turned_inverse, dy_state, counters, *of_input,
+            w_state if later_weight else None, *kept,
+        )  # fmt: skip
+        ctx.options, ctx.sizes, ctx.x_dtype = (kinds, power_of_2, by_row, products), sizes, x.dtype
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         if not products[0][0]:
             outs = [
@@ -64,12 +71,15 @@ class _Linears(torch.autograd.Function):
             return tuple(outs)
         bias = joined_bias(biases, sizes, to)
         y = float8_matmul_op(x_row, w_row, x_inverse, w_inverse, bias, to, *products[0][1:])
-        return tuple(y.split(sizes, 1)) if len(sizes) > 1 else (y,)
+        return tuple(apart(y, sizes)) if len(sizes) > 1 else (y,)
 
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_turned, x_inverse, w_turned, w_inverse, dy_state, counters, x, *weights = ctx.saved_tensors
-        kind, power_of_2, by_row, products = ctx.options
+        (
+            x_turned, x_inverse, w_turned, w_inverse, dy_state, counters, x_state, of_x, row_factor, column_factor,
+            w_state, x, *weights,
+        ) = ctx.saved_tensors  # fmt: skip
+        (x_kind, w_kind, kind), power_of_2, by_row, products = ctx.options
         _, by_input, by_weight = products
         needs = ctx.needs_input_grad[4:]
         wants_x, wants_weight = ctx.needs_input_grad[1], any(needs[::2])
@@ -82,9 +92,12 @@ class _Linears(torch.autograd.Function):
         dy_row, dy_turned, dy_inverse, dy_turned_inverse = small
         dx = None
         if row and weights:
-            whole = gathered(weights)
-            assert whole is not None
-            w_turned, w_inverse = transpose(whole.row), whole.inverse
+            w_turned, w_inverse = _turned_weights(weights, w_state, w_kind, power_of_2=power_of_2, by_row=by_row)
+        if turned and of_x is not None:
+            factors = (row_factor, column_factor)
+            x_turned, x_inverse = cast_turned(
+                [of_x], x_state, x_kind, power_of_2=power_of_2, by_row=by_row, factors=factors
+            )
         if row:
             dx = float8_matmul_op(dy_row, w_turned, dy_inverse, w_inverse, None, ctx.x_dtype, *by_input[1:])
         elif wants_x:
@@ -93,8 +106,8 @@ class _Linears(torch.autograd.Function):
         grads: list[torch.Tensor | None] = [None] * len(needs)
         if turned:
             to = ctx.dtypes[0]
-            whole = float8_matmul_op(dy_turned, x_turned, dy_turned_inverse, x_inverse, None, to, *by_weight[1:])
-            grads[::2] = whole.split(ctx.sizes, 0) if len(ctx.sizes) > 1 else (whole,)
+            every = float8_matmul_op(dy_turned, x_turned, dy_turned_inverse, x_inverse, None, to, *by_weight[1:])
+            grads[::2] = every.split(ctx.sizes, 0) if len(ctx.sizes) > 1 else (every,)
         elif wants_weight:
             grads[::2] = [(dy.t() @ x.to(dy.dtype)).to(ctx.dtypes[0]) for dy in dys]
         for i, dy in enumerate(dys):
@@ -124,6 +137,43 @@ def cast_gradients(
     if counters is not None:
         inverse = count_op(list(dys), inverse, kind, counters)
     return row, turned, inverse, inverse
+
+
+def cast_turned(
+    xs: Sequence[torch.Tensor],
+    state: torch.Tensor | None,
+    kind: torch.dtype,
+    *,
+    power_of_2: bool,
+    by_row: bool,
+    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the transposed copy of what a forward cast without it, and what turns it back; scales stay as they are."""
+    xs = [x.detach() for x in xs]
+    if by_row:
+        _, turned, _, inverse = float8_cast_rows_op(xs, kind, False, True, power_of_2)  # noqa: FBT003
+        return turned, inverse
+    _, turned, inverse = float8_cast_op(xs, state, kind, False, True, "read", power_of_2, 0, *factors)  # noqa: FBT003
+    return turned, inverse
+
+
+def _turned_weights(
+    weights: list[torch.Tensor], state: torch.Tensor | None, kind: torch.dtype, *, power_of_2: bool, by_row: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    whole = gathered(weights)
+    if whole is None:
+        return cast_turned(weights, state, kind, power_of_2=power_of_2, by_row=by_row)
+    return transpose(whole.row), whole.inverse
+
+
+def apart(y: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+    """Return columns of a result by layer.
+
+    What is far smaller than the largest is copied, so that whoever keeps it (attention its values, where heads share
+    them) does not keep the whole.
+    """
+    parts = y.split(sizes, 1)
+    return [part.contiguous() if 2 * n <= max(sizes) else part for part, n in zip(parts, sizes, strict=True)]
 
 
 def joined_bias(biases: Sequence[Any], sizes: list[int], to: torch.dtype) -> torch.Tensor | None:
@@ -158,18 +208,24 @@ def float8_linears(x: torch.Tensor, site: Site) -> list[torch.Tensor]:
     rows, learning = x.reshape(-1, x.shape[-1]), torch.is_grad_enabled()
     learns = learning and recipe.weight_gradient.float8 and any(layer.weight.requires_grad for layer in layers)
     passes = learning and recipe.input_gradient.float8 and x.requires_grad
+    origin, later = site.origin(x, rows)
+    later_x, later_weight = learns and later, passes and site.turns_weight_later()
     x8 = float8_cast(
-        rows, recipe.dtype("input"), site.states.get("input"), row=recipe.forward.float8, transposed=learns,
-        role="forward" if learning else "read", power_of_2=recipe.power_of_2, by_row=recipe.by_row,
+        origin.x, recipe.dtype("input"), site.states.get("input"), row=recipe.forward.float8,
+        transposed=learns and not later_x, role="forward" if learning else "read", power_of_2=recipe.power_of_2,
+        by_row=recipe.by_row, factors=origin.factors,
     )  # fmt: skip
     x8 = site.counted([rows], x8, "input")
-    w8 = site.weight([layer.weight for layer in layers], transposed=passes)
+    weights: list[torch.Tensor] = [layer.weight for layer in layers]
+    w8 = site.weight(weights, transposed=passes and not later_weight)
     products = (recipe.forward, recipe.input_gradient, recipe.weight_gradient)
     flags = tuple((p.float8, p.fast, site.measured) for p in products)
-    options = (to, recipe.dtype("gradient"), recipe.power_of_2, recipe.by_row, flags)
+    kinds = tuple(recipe.dtype(operand) for operand in OPERANDS)
+    options = (to, kinds, recipe.power_of_2, recipe.by_row, flags, (later_x, later_weight))
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
-    of_gradient = (site.states.get("gradient"), site.counters.get("gradient"))
-    outs = _Linears.apply(options, rows, (*x8, *w8), of_gradient, *parameters)
+    states = (site.states.get("input"), site.states.get("weight"))
+    of_others = (site.states.get("gradient"), site.counters.get("gradient"), *states, tuple(origin))
+    outs = _Linears.apply(options, rows, (*x8, *w8), of_others, *parameters)
     return [y.view(*x.shape[:-1], y.shape[-1]) if x.dim() != 2 else y for y in outs]
 
 

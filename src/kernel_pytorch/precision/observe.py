@@ -1,9 +1,13 @@
-"""What a model's linear layers read, seen by running it: which of them share an input, and how many rows that has."""
+"""What a model's linear layers read, seen by running it.
+
+Which of them share an input, how many rows it has, which module made it, and whether it is kept until the backward for
+others' sake.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,29 +29,48 @@ class Seen:
     Attributes:
         groups: Layers that were called once each, with the very same tensor; each layer in one group.
         rows: Rows of each layer's input in the whole call, by id of the layer.
+        makers: Of the modules that were watched, the one whose result a layer read, by id of the layer; called once.
+        kept: Ids of layers whose input something before them had kept for its backward, as attention keeps its result.
     """
 
     groups: list[list[nn.Linear]] = field(default_factory=list)
     rows: dict[int, int] = field(default_factory=dict)
+    makers: dict[int, nn.Module] = field(default_factory=dict)
+    kept: set[int] = field(default_factory=set)
 
 
-def observe(run: Callable[..., Any], call: Call, layers: Collection[nn.Linear]) -> Seen | str:
+@dataclass(slots=True)
+class _Notes:
+    """What one run showed; what is noted stays alive until its end, so that no memory is used twice."""
+
+    inputs: dict[int, list[torch.Tensor]]
+    results: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    saved: dict[int, torch.Tensor] = field(default_factory=dict)
+    kept: set[int] = field(default_factory=set)
+
+
+def observe(
+    run: Callable[..., Any], call: Call, layers: Collection[nn.Linear], makers: Collection[nn.Module] = ()
+) -> Seen | str:
     """Run a model on a part of a call (one sample, 128 tokens) and return what its layers read.
 
     Args:
-        run: The model's call. It runs without gradients and under its own random state.
+        run: The model's call. It runs forwards only, and under its own random state.
         call: Arguments.
         layers: Whom to watch.
+        makers: Modules of which to know whether layers read their results.
 
     Returns:
         What it raised, in one line, where the model runs neither on the part nor on the whole.
     """
     why = "there is nothing to call it with"
     for given, share in _parts(call):
-        seen = _watched(run, given, layers)
-        if not isinstance(seen, str):
-            return Seen(_groups(seen), {id(m): round(sum(_rows(x) for x in xs) / share) for m, xs in seen})
-        why = seen
+        notes = _watched(run, given, layers, makers)
+        if not isinstance(notes, str):
+            seen = [(m, notes.inputs[id(m)]) for m in layers if notes.inputs[id(m)]]
+            rows = {id(m): round(sum(_rows(x) for x in xs) / share) for m, xs in seen}
+            return Seen(_groups(seen), rows, _makers(seen, notes.results), notes.kept)
+        why = notes
     return why
 
 
@@ -76,29 +99,44 @@ def _parts(call: Call) -> Iterator[tuple[Call, float]]:
 
 
 def _watched(
-    run: Callable[..., Any], call: Call, layers: Collection[nn.Linear]
-) -> list[tuple[nn.Linear, list[torch.Tensor]]] | str:
-    inputs: dict[int, list[torch.Tensor]] = {id(m): [] for m in layers}
+    run: Callable[..., Any], call: Call, layers: Collection[nn.Linear], makers: Collection[nn.Module]
+) -> _Notes | str:
+    notes = _Notes({id(m): [] for m in layers})
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs[id(module)].append(args[0])
+    def reads(module: nn.Module, args: tuple[Any, ...]) -> None:
+        notes.inputs[id(module)].append(args[0])
+        if args[0].untyped_storage().data_ptr() in notes.saved:
+            notes.kept.add(id(module))
 
-    with _hooked(layers, note), torch.no_grad(), torch.random.fork_rng():
-        try:
-            run(*call.args, **call.kwargs)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
-    return [(m, inputs[id(m)]) for m in layers if inputs[id(m)]]
+    def made(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        del args
+        notes.results.append((module, result))
 
+    def saves(tensor: torch.Tensor) -> torch.Tensor:
+        notes.saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
 
-@contextmanager
-def _hooked(layers: Collection[nn.Linear], note: Callable[..., None]) -> Iterator[None]:
-    handles = [m.register_forward_pre_hook(note) for m in layers]
+    handles = [m.register_forward_pre_hook(reads) for m in layers] + [m.register_forward_hook(made) for m in makers]
     try:
-        yield
+        with (
+            torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saves, lambda tensor: tensor),
+            torch.random.fork_rng(),
+        ):  # fmt: skip
+            run(*call.args, **call.kwargs)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
     finally:
         for handle in handles:
             handle.remove()
+    return notes
+
+
+def _makers(
+    seen: list[tuple[nn.Linear, list[torch.Tensor]]], results: list[tuple[nn.Module, Any]]
+) -> dict[int, nn.Module]:
+    calls = Counter(id(module) for module, _ in results)
+    made = {id(result): module for module, result in results if calls[id(module)] == 1}
+    return {id(m): made[id(xs[0])] for m, xs in seen if len(xs) == 1 and id(xs[0]) in made}
 
 
 def _groups(seen: list[tuple[nn.Linear, list[torch.Tensor]]]) -> list[list[nn.Linear]]:

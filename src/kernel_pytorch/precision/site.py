@@ -18,6 +18,7 @@ from kernel_pytorch.errors import ModelError
 from kernel_pytorch.ops.float8_cast import Float8Matrix, float8_cast, fresh_state
 from kernel_pytorch.ops.float8_cast.counting import count_op
 from kernel_pytorch.precision.gathered import gathered
+from kernel_pytorch.precision.normed import Normed, Origin
 from kernel_pytorch.precision.recipes import Recipe
 
 __all__ = ["OPERANDS", "SLOT", "Place", "Site", "place_of", "site_of", "sites_of"]
@@ -38,6 +39,8 @@ class Site:
         states: State of the delayed scale of `input`, `weight` and `gradient`; empty for recipes without.
         counters: Where a monitor counts what casts of an operand lose; empty where nobody watches.
         measured: Whether products run by algorithms of cuBLASLt that were measured, instead of PyTorch's.
+        kept: Whether what the layers read is kept until the backward for others' sake (attention keeps its result).
+        normed: The norm that makes what they read.
         pending: Results that the first layer's call left for the others: what they were computed from, and by layer.
     """
 
@@ -50,6 +53,8 @@ class Site:
             self.states = {operand: fresh_state(recipe.history, device) for operand in OPERANDS}
         self.counters: dict[str, torch.Tensor] = {}
         self.measured = False
+        self.kept = False
+        self.normed: Normed | None = None
         self.pending: tuple[Any, list[torch.Tensor | None]] | None = None
         self._cached: tuple[Any, Float8Matrix] | None = None
         self._held: Float8Matrix | None = None
@@ -89,6 +94,20 @@ class Site:
         cast = self._cast(weights, transposed=transposed, role=role)
         self._cached = (key, cast)
         return cast
+
+    def origin(self, x: torch.Tensor, rows: torch.Tensor) -> tuple[Origin, bool]:
+        """Return what an input is cast from, and whether its transposed copy is made in the backward, from the same.
+
+        Both in compiled code: there a norm's result need not exist, and what is not kept takes no memory.
+        """
+        if not torch.compiler.is_compiling():
+            return Origin(rows), False
+        made = None if self.normed is None or self.recipe.by_row else self.normed.origin(x)
+        return (Origin(rows), self.kept) if made is None else (made, True)
+
+    def turns_weight_later(self) -> bool:
+        """Return whether the weight's transposed copy is made in the backward: in compiled code that holds none."""
+        return torch.compiler.is_compiling() and self._held is None
 
     def _keeps(self, weights: list[torch.Tensor]) -> bool:
         """Return whether weights are the very parameters that the layers had: versions tell of changes of those.

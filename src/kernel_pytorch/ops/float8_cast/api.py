@@ -59,6 +59,7 @@ def float8_cast(
     power_of_2: bool = False,
     axis: int = 0,
     by_row: bool = False,
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Float8Matrix:
     """Return a matrix in FP8, in one pass over memory where its scale is known beforehand.
 
@@ -79,6 +80,8 @@ def float8_cast(
             each but the last), 1 side by side.
         by_row: A scale for each row by its own largest magnitude (then there is no state), and for the transposed copy
             one for each of its own rows.
+        factors: Of the rows, float32 `[rows]`, and of the columns, `[columns]` in any format: what is cast is the one
+            matrix times both, as an RMSNorm makes it.
 
     Raises:
         InputsError: Shape or dtypes do not fit.
@@ -90,9 +93,14 @@ def float8_cast(
         raise InputsError(f"float8_cast takes matrices of one dtype and side, and an FP8 format; got {shapes}, {dtype}")
     if not xs[0].is_floating_point() or (axis == 0 and any(len(one) % ALIGNED for one in xs[:-1])):
         raise InputsError(f"float8_cast takes numbers, and stacks multiples of {ALIGNED} rows; got {shapes}")
+    if factors is not None:
+        sizes = [[*one.shape] for one in factors]
+        if by_row or len(xs) != 1 or sizes != [[shapes[0][0]], [shapes[0][1]]]:
+            raise InputsError(f"float8_cast: factors are of the rows and columns of one matrix {shapes}; got {sizes}")
     if by_row:
         if state is not None:
             raise InputsError("float8_cast: scales by row have no state")
         return Float8Matrix(*float8_cast_rows_op(xs, dtype, row, transposed, power_of_2, axis))
-    small, turned, inverse = float8_cast_op(xs, state, dtype, row, transposed, role, power_of_2, axis)
+    given = (None, None) if factors is None else tuple(one.detach() for one in factors)
+    small, turned, inverse = float8_cast_op(xs, state, dtype, row, transposed, role, power_of_2, axis, *given)
     return Float8Matrix(small, turned, inverse, inverse)

@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, operator"
-# ruff: noqa: ANN001, ANN201, ANN202, N803, PLR0917
+# ruff: noqa: ANN001, ANN201, ANN202, C901, N803, PLR0917
 """Triton kernels that cast to FP8 with one scale: rows, the transposed copy and the next amax in one pass.
 
 Least traffic for a bfloat16 input of `n` elements, in bytes: 4 n with both copies (read 2, write 1 and 1), 3 n with
-one; a scale that is not known beforehand costs another read of 2 n.
+one; a scale that is not known beforehand costs another read of 2 n. Factors for rows and columns, as a normalisation
+has them, are multiplied in on the way.
 
 Four rows at a time become the bytes of a 32-bit word, so that the transposition moves words through shared memory:
 a word of the tile is a word of the transposed copy. On NVIDIA the bytes of a word are made by an instruction of their
@@ -174,22 +175,29 @@ def note_amax(state, state_bits, most, scale, amax, fresh):
 
 
 @triton.jit
-def _partial_amax(x, partials, n, BLOCK: tl.constexpr):
+def _partial_amax(x, row_factor, column_factor, partials, n, columns, BLOCK: tl.constexpr):
     most = tl.zeros([BLOCK], tl.int32)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     for start in range(first, n, tl.num_programs(0).to(tl.int64) * BLOCK):
         at = start + tl.arange(0, BLOCK)
-        most = tl.maximum(most, magnitude(tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)))
+        value = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)
+        if row_factor is not None:
+            value *= tl.load(row_factor + at // columns, mask=at < n, other=0.0)
+            value *= tl.load(column_factor + at % columns, mask=at < n, other=0.0).to(tl.float32)
+        most = tl.maximum(most, magnitude(value))
     tl.store(partials + tl.program_id(0), tl.max(most, axis=0))
 
 
 @triton.jit
 def float8_prepare_kernel(
     x,
+    row_factor,
+    column_factor,
     state,
     partials,
     told,
     n,
+    columns,
     limit,
     ROLL: tl.constexpr,
     HISTORY: tl.constexpr,
@@ -199,12 +207,12 @@ def float8_prepare_kernel(
     """Find the amax of `x` where no scale is known; else take the amax of the last cast into the history."""
     program = tl.program_id(0)
     if state is None:
-        _partial_amax(x, partials, n, BLOCK)
+        _partial_amax(x, row_factor, column_factor, partials, n, columns, BLOCK)
     else:
         scale = tl.load(state + 2)
         tell_fresh(told, scale)
         if scale == 0.0:
-            _partial_amax(x, partials, n, BLOCK)
+            _partial_amax(x, row_factor, column_factor, partials, n, columns, BLOCK)
         elif ROLL and program == 0:
             roll_state(state, scale, limit, HISTORY, POWER_OF_2)
 
@@ -212,6 +220,8 @@ def float8_prepare_kernel(
 @triton.jit
 def float8_cast_kernel(
     x,
+    row_factor,
+    column_factor,
     row_out,
     column_out,
     state,
@@ -243,10 +253,14 @@ def float8_cast_kernel(
     inside = (column < columns)[None, :]
     most = tl.zeros([ROWS // 4], tl.int32)
     word = tl.zeros([ROWS // 4, COLUMNS], tl.int32)
+    if column_factor is not None:
+        weight = tl.load(column_factor + column, mask=column < columns, other=0.0).to(tl.float32)
     for j in tl.static_range(4):
         row = first * 4 + j
         mask = (row < rows)[:, None] & inside
         value = tl.load(x + row[:, None] * columns + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if row_factor is not None:
+            value = value * tl.load(row_factor + row, mask=row < rows, other=0.0)[:, None] * weight[None, :]
         if UPDATE:
             most = tl.maximum(most, tl.max(magnitude(value), axis=1))
         small = saturated(value, scale, limit)
@@ -277,11 +291,15 @@ def cast(
     roll: bool,
     power_of_2: bool = False,
     axis: int = 0,
+    row_factor: torch.Tensor | None = None,
+    column_factor: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `(row, transposed, inverse)`; see `op.float8_cast_op`."""
     rows, columns = whole_shape(xs, axis)
     xs = [x.contiguous() for x in xs]
+    if row_factor is not None and column_factor is not None:
+        row_factor, column_factor = row_factor.contiguous(), column_factor.contiguous()
     row_out = xs[0].new_empty((rows, columns) if row else (0,), dtype=dtype)
     column_out = xs[0].new_empty((columns, padded(rows)) if transposed else (0,), dtype=dtype)
     inverse = torch.empty(1, dtype=torch.float32, device=xs[0].device)
@@ -297,10 +315,13 @@ def cast(
         for i, x in enumerate(xs):
             float8_prepare_kernel[(programs[i],)](
                 x,
+                row_factor,
+                column_factor,
                 state,
                 partials[sum(programs[:i]) :],
                 partials[count:],
                 x.numel(),
+                x.shape[1],
                 limit,
                 ROLL=roll and state is not None and i == 0,
                 HISTORY=1 if state is None else len(state) - HISTORY_AT,
@@ -317,6 +338,8 @@ def cast(
             below = padded(rows - (start if axis == 0 else 0)) if last else len(x)
             float8_cast_kernel[(triton.cdiv(below, tile.rows) * blocks,)](
                 x,
+                row_factor,
+                column_factor,
                 row_out.narrow(axis, start, x.shape[axis]) if row else None,
                 (words[start:] if axis == 1 else words[:, start // 4 :]) if transposed else None,
                 state,
@@ -344,26 +367,33 @@ def cast(
     return row_out, column_out, inverse
 
 
-def _prepare_case(kind: str, label: str, *, state: bool) -> CompileCase:
-    signature = {"x": f"*{kind}", "partials": "*i32", "told": "*i32", "n": "i32", "limit": "fp32"}
+def _factors(kind: str, *, scaled: bool) -> tuple[tuple[str, bool, str], ...]:
+    return ("row_factor", scaled, "*fp32"), ("column_factor", scaled, f"*{kind}")
+
+
+def _prepare_case(kind: str, label: str, *, state: bool, scaled: bool = False) -> CompileCase:
+    signature = {"x": f"*{kind}", "partials": "*i32", "told": "*i32", "n": "i32", "columns": "i32", "limit": "fp32"}
     constants: dict[str, object] = {"ROLL": state, "HISTORY": 16, "POWER_OF_2": False, "BLOCK": _PREPARE_BLOCK}
-    if state:
-        signature["state"] = "*fp32"
-    else:
-        constants["state"] = None
+    for name, present, what in (("state", state, "*fp32"), *_factors(kind, scaled=scaled)):
+        if present:
+            signature[name] = what
+        else:
+            constants[name] = None
     return CompileCase(float8_prepare_kernel, signature, constants, _PREPARE_WARPS, label=label)
 
 
 def _cast_case(
-    kind: str, form: str, label: str, *, state: bool, row: bool = True, partials: int = 1024, ptx: bool = True
-) -> CompileCase:
+    kind: str, form: str, label: str, *, state: bool, row: bool = True, partials: int = 1024, ptx: bool = True,
+    scaled: bool = False,
+) -> CompileCase:  # fmt: skip
     small = "*fp8e4nv" if form == "e4m3" else "*fp8e5"
     signature = {"x": f"*{kind}", "column_out": "*i32", "partials": "*i32", "inverse_out": "*fp32"}
     constants: dict[str, object] = {
         "FORMAT": form, "UPDATE": state, "POWER_OF_2": not state, "PARTIALS": partials, "PTX": ptx,
         "ROWS": Tile().rows, "COLUMNS": Tile().columns,
     }  # fmt: skip
-    for name, present, what in (("row_out", row, small), ("state", state, "*fp32"), ("state_bits", state, "*i32")):
+    states = (("state", state, "*fp32"), ("state_bits", state, "*i32"))
+    for name, present, what in (("row_out", row, small), *states, *_factors(kind, scaled=scaled)):
         if present:
             signature[name] = what
         else:
@@ -383,4 +413,6 @@ COMPILE_CASES = [
     _cast_case("bf16", "e5m2", "transposed", state=True, row=False),
     _cast_case("bf16", "e5m2", "small", state=False, partials=512),
     _cast_case("bf16", "e4m3", "amd", state=True, ptx=False),
+    _prepare_case("bf16", "scaled", state=True, scaled=True),
+    _cast_case("bf16", "e4m3", "scaled", state=True, scaled=True),
 ]

@@ -17,8 +17,8 @@ __all__ = ["float8_cast_op", "float8_cast_rows_op", "moves_scale"]
 
 torch.library.define(
     "kernel_pytorch::float8_cast",
-    "(Tensor[] xs, Tensor? state, ScalarType dtype, bool row, bool transposed, str role, bool power_of_2, int axis=0)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor[] xs, Tensor? state, ScalarType dtype, bool row, bool transposed, str role, bool power_of_2, int axis=0,"
+    " Tensor? row_factor=None, Tensor? column_factor=None) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -36,6 +36,8 @@ def _cast(
     role: str,
     power_of_2: bool,
     axis: int = 0,
+    row_factor: torch.Tensor | None = None,
+    column_factor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     counts, moves = role != "read", moves_scale(role)
     if xs[0].is_cuda or INTERPRETED:
@@ -51,12 +53,15 @@ def _cast(
             roll=moves,
             power_of_2=power_of_2,
             axis=axis,
+            row_factor=row_factor,
+            column_factor=column_factor,
         )
     from kernel_pytorch.ops.float8_cast.reference import cast_reference
 
     return cast_reference(
-        xs, state, dtype, row=row, transposed=transposed, update=counts, roll=moves, power_of_2=power_of_2, axis=axis
-    )
+        xs, state, dtype, row=row, transposed=transposed, update=counts, roll=moves, power_of_2=power_of_2, axis=axis,
+        row_factor=row_factor, column_factor=column_factor,
+    )  # fmt: skip
 
 
 for _kind in ("cuda", "cpu"):
@@ -73,8 +78,10 @@ def _cast_fake(
     role: str,
     power_of_2: bool,
     axis: int = 0,
+    row_factor: torch.Tensor | None = None,
+    column_factor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    del state, role, power_of_2
+    del state, role, power_of_2, row_factor, column_factor
     rows, columns = whole_shape(xs, axis)
     x = xs[0]
     return (
@@ -85,7 +92,7 @@ def _cast_fake(
 
 
 float8_cast_op = torch.ops.kernel_pytorch.float8_cast
-"""`(xs, state, dtype, row, transposed, role, power_of_2, axis) -> (row, transposed, inverse)`, without a gradient.
+"""`(xs, state, dtype, row, transposed, role, power_of_2, axis, row_factor, column_factor)`, without a gradient.
 
 Args of the operator:
     xs: Matrices that become one, bfloat16, float16 or float32 (on a CPU also float64).
@@ -97,9 +104,12 @@ Args of the operator:
         A `forward` that a checkpoint recomputes uses the scale as it is. `read` leaves the state alone.
     power_of_2: Round scales down to powers of two.
     axis: 0 puts the matrices below each other (16 divides the rows of each but the last), 1 side by side.
+    row_factor: Float32 `[rows]`, with `column_factor`: the one matrix is multiplied by both before it is cast, in
+        float32, so that what a normalisation makes (`x * rstd * weight`) is not written and read in between.
+    column_factor: `[columns]`, of any of the formats.
 
-Results, of the whole: FP8 `[rows, columns]`; FP8 `[columns, padded(rows)]`, zero beyond `rows` (empty where not
-wanted); and float32 `[1]`, the factor that turns the copies back.
+Results `(row, transposed, inverse)`, of the whole: FP8 `[rows, columns]`; FP8 `[columns, padded(rows)]`, zero beyond
+`rows` (empty where not wanted); and float32 `[1]`, the factor that turns the copies back.
 """
 
 torch.library.define(

@@ -66,9 +66,17 @@ def cast_reference(
     roll: bool,
     power_of_2: bool = False,
     axis: int = 0,
+    row_factor: torch.Tensor | None = None,
+    column_factor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `(row, transposed, inverse)`; see `op.float8_cast_op`."""
     x = torch.cat(xs, axis)
+    if row_factor is not None and column_factor is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(wide) * row_factor.reshape(-1, 1).to(wide) * column_factor.to(wide)
+    if state is not None:
+        # Without a version: what a scale is set by is no change of a tensor that a backward has kept.
+        state = state.data
     amax = x.detach().abs().amax().float() if x.numel() else torch.zeros((), device=x.device)
     if x.numel() == 0:
         inverse = torch.ones(1, dtype=torch.float32, device=x.device)
