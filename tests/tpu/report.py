@@ -7,6 +7,7 @@ reads what `pytest --junitxml` wrote, one file a runtime, named after it.
 
 from __future__ import annotations
 
+import re
 import sys
 import xml.etree.ElementTree as ET
 from collections import defaultdict
@@ -17,6 +18,8 @@ from pathlib import Path
 __all__ = ["Result", "render", "results_of"]
 
 RAN, FAILED, SKIPPED = "ran", "failed", "could not"
+_WHOLE_FILE = re.compile(r"^\('.*', \d+, [\"']Skipped: (.*)[\"']\)$")
+"""Where pytest writes why it skipped a file as a whole: its message says only that it did."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def _result(case: ET.Element) -> Result:
         told = case.find(tag)
         if told is not None:
             words = (told.get("message") or told.text or "").strip().splitlines()
-            return Result(place, name, outcome, words[0] if words else "")
+            whole = _WHOLE_FILE.search(told.text or "")
+            return Result(place, name, outcome, whole[1] if whole else words[0] if words else "")
     return Result(place, name, RAN)
 
 

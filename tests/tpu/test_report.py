@@ -15,7 +15,8 @@ JUNIT = """<?xml version="1.0" encoding="utf-8"?>
 <skipped type="pytest.skip" message="tpu captures no graphs">where</skipped></testcase>
 <testcase classname="tests.tpu.test_x.TestGroup" name="test_wrong"><failure message="assert 1 == 2&#10;x"/></testcase>
 <testcase classname="tests.tpu.test_y" name="test_setup"><error message="failed on setup"/></testcase>
-<testcase classname="" name="tests.gpu.test_ops"><skipped message="no CUDA device">x</skipped></testcase>
+<testcase classname="" name="tests.gpu.test_ops"><skipped message="collection skipped"
+>('/a/test_ops.py', 13, 'Skipped: no CUDA device')</skipped></testcase>
 </testsuite></testsuites>
 """
 
