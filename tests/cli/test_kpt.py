@@ -121,6 +121,26 @@ def test_optimize_explain_apply_and_eject_in_one_go(kpt, files):
     assert "--resume" in other.err
 
 
+def test_the_head_trains_in_float8_only_where_it_is_allowed(files, monkeypatch):
+    from kernel_pytorch.core.management import unified_manager
+    from kernel_pytorch.errors import KptError
+
+    asked = []
+
+    class Noting:
+        def __init__(self, config, device):
+            asked.append(config.nvidia.allow_float8_lm_head)
+
+        def optimize(self, *args, **kwargs):
+            raise KptError("noted")
+
+    monkeypatch.setattr(unified_manager, "UnifiedManager", Noting)
+    monkeypatch.chdir(files)
+    for flags in ([], ["--allow-float8-lm-head"]):
+        assert main(["optimize", "nets.py:net", "--mode", "training", *flags]) == 2
+    assert asked == [False, True]
+
+
 def test_a_plan_that_is_slower_here_no_longer_holds(kpt, files, make_plan):
     make_plan("plan", "bf16")  # casting costs more than a model of this size takes
     done = kpt("apply", "plan", "nets.py:net", "--budget", "2", "--format", "json")

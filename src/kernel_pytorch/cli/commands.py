@@ -182,6 +182,11 @@ def predict(**options: Any) -> int:
     show_default=True,
     help="Try each candidate in a process of its own, or all in this one.",
 )
+@click.option(
+    "--allow-float8-lm-head",
+    is_flag=True,
+    help="On NVIDIA GPUs, let the layer that makes logits train in FP8, too; the numerics gates judge it like any other.",
+)
 @_choice
 @_seed
 @_trust_code

@@ -51,6 +51,7 @@ def optimize(
     resume: bool,
     form: str,
     device: str = "auto",
+    allow_float8_lm_head: bool = False,
     **options: Any,
 ) -> int:
     """Search, with progress on stderr, and print the outcome."""
@@ -59,13 +60,14 @@ def optimize(
         pass
     with quiet_stdout():
         from kernel_pytorch.backends import manager_for
-        from kernel_pytorch.core.config import budget_seconds
+        from kernel_pytorch.core.config import NvidiaWants, budget_seconds
         from kernel_pytorch.core.management.unified_manager import UnifiedManager
         from kernel_pytorch.core.targets import load_target
         from kernel_pytorch.report.progress import live
 
         seconds = budget_seconds(budget, manager_for(device).vendor) if isinstance(budget, str) else budget
-        config = make_config(budget_s=seconds, **options)
+        wants = NvidiaWants(allow_float8_lm_head=allow_float8_lm_head)
+        config = make_config(budget_s=seconds, nvidia=wants, **options)
         workload = load_target(target, trust_remote_code=config.trust_remote_code)
         console = stderr_console()
         with live(console) as listen:
