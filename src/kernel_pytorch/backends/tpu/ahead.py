@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernel_pytorch.backends.tpu import packages
+from kernel_pytorch.backends.tpu import compiled_store, packages
 from kernel_pytorch.backends.tpu.compiler import Compiled
 from kernel_pytorch.backends.tpu.topology import Topology
 from kernel_pytorch.errors import KptError
@@ -107,7 +107,7 @@ def compile_lowered(
     dump: bool = True,
     timeout_s: float = COMPILE_LIMIT_S,
 ) -> Compiled:
-    """Compile a lowered program in a child; see `compiler.compile_ahead` for the arguments.
+    """Compile a lowered program in a child; see `compiler.compile_ahead` for the arguments, `compiled_store` for reuse.
 
     Raises:
         AheadError: The child died or took too long.
@@ -120,7 +120,13 @@ def compile_lowered(
         "dump": dump,
         "names": [argument.name for argument in lowered.arguments],
     }
+    place = compiled_store.place_of(lowered.stablehlo, topology, options)
+    known = compiled_store.kept(place) if place is not None else None
+    if known is not None:
+        return known
     compiled: Compiled = _in_child(_COMPILE, pickle.dumps((lowered.stablehlo, topology, options)), timeout_s)
+    if place is not None:
+        compiled_store.keep(place, compiled)
     return compiled
 
 
