@@ -9,11 +9,17 @@ import pytest
 import torch
 from tests.forks import run_interpreted
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
-from kernel_pytorch.core.program import begin, restore, ship, state_digest
-from kernel_pytorch.core.types import DeviceSpec, Mode, Skip, Step, WorkloadSpec
+from kernel_pytorch.catalog import apply_candidate
+from kernel_pytorch.core.program import begin, fused_loss, model_loss, restore, ship, state_digest
+from kernel_pytorch.core.types import Candidate, DeviceSpec, Mode, Skip, Step, WorkloadSpec
 from kernel_pytorch.core.workload import Call
 from kernel_pytorch.errors import CandidateError
+from kernel_pytorch.ops.linear_cross_entropy import float8_op
+from kernel_pytorch.precision.fallback import fall_back
+from kernel_pytorch.precision.site import site_of
 from kernel_pytorch.transforms import loss_head
 from kernel_pytorch.transforms.loss_head import LossHead
 
@@ -26,14 +32,14 @@ def test_kernels_under_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
-def model() -> nn.Module:
+def model(words: int = 97, inner: int = 24) -> nn.Module:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=97,
+            vocab_size=words,
             hidden_size=16,
-            intermediate_size=24,
+            intermediate_size=inner,
             num_hidden_layers=1,
             num_attention_heads=2,
             max_position_embeddings=32,
@@ -136,7 +142,7 @@ def test_chunked_the_compiled_loss_has_no_logits_and_the_same_gradients(monkeypa
     assert torch.equal(net(**given).loss, plain(**given).loss)
 
 
-def test_chunked_keeps_what_an_earlier_step_made_of_the_head_and_refuses_one_in_fp8() -> None:
+def test_chunked_keeps_what_an_earlier_step_made_of_the_head_and_refuses_scales_by_row() -> None:
     from kernel_pytorch.precision.linear import swap_linear
 
     net = model()
@@ -148,13 +154,102 @@ def test_chunked_keeps_what_an_earlier_step_made_of_the_head_and_refuses_one_in_
     for undo in reversed(program.undo):
         undo()
     assert net.lm_head.forward is before
-    net = model()
-    net.lm_head = nn.Linear(16, 96, bias=False)
-    swap_linear(net.lm_head, "tensorwise_current")
+    net = model(96)
+    swap_linear(net.lm_head, "rowwise")
     program = begin(net, Mode.TRAINING, {"main": Call((), batch())})
-    with pytest.raises(CandidateError, match="runs in FP8"):
+    with pytest.raises(CandidateError, match="runs in FP8, and its loss would not: rowwise has scales by row"):
         LossHead().apply(program, Step("loss_head", {"chunked": True}))
     assert "_loss_head_made" not in vars(net.lm_head)
+
+
+FLOAT8 = Step("float8", {"recipe": "tensorwise_delayed", "head": True})
+CHUNKED = Step("loss_head", {"chunked": True})
+COMPILED = Step("compile", {"mode": "default", "scope": "loss"})
+ROWS, WORDS = 48, 96
+
+
+def long_batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, WORDS, (2, ROWS // 2), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[0, :4] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def trained(steps: tuple[Step, ...]) -> tuple[nn.Module, list[float], list[torch.Size]]:
+    """Return a model after some steps of a candidate, its losses, and the shapes kept for the last backward."""
+    net = model(WORDS, 32)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+    program = begin(net, Mode.TRAINING, {"main": Call((), long_batch())}, optimizer=optimizer, loss=model_loss)
+    program = apply_candidate(program, Candidate(steps))
+    shipped, losses = ship(program, net), []
+    for _ in range(4):
+        kept: list[torch.Size] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t.shape), t)[1], lambda t: t):
+            loss = fused_loss(shipped, long_batch())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return net, losses, kept
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_head_in_fp8_has_its_loss_by_chunks_and_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_head, "unsupported", lambda *_: None)  # on a CPU the definitions of the kernels run
+    monkeypatch.setattr(float8_op, "chunk_rows", lambda *_: 16)
+    made: list[torch.Size] = []
+
+    def keep(graph, _):
+        made.extend(n.meta["val"].shape for n in graph.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor))
+        return make_boxed_func(graph)
+
+    real = torch.compile
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: real(call, backend=backend, fullgraph=True))
+    whole, want, kept = trained((FLOAT8, COMPILED))
+    assert torch.Size([ROWS, WORDS]) in kept  # what the other is to be without
+    made.clear()
+    torch._dynamo.reset()
+    net, got, kept = trained((CHUNKED, FLOAT8, COMPILED))
+    assert got == pytest.approx(want, rel=1e-5)
+    assert got[-1] < got[0] - 0.3
+    assert torch.Size([WORDS, 16]) in made  # the gradient of the weight
+    for shape in (*made, *kept):
+        assert shape.numel() < ROWS * WORDS or WORDS not in shape, shape
+    for operand, state in site_of(net.lm_head).states.items():
+        assert torch.allclose(state, site_of(whole.lm_head).states[operand], rtol=1e-4), operand
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_head_that_can_no_longer_be_chunked_has_its_loss_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_head, "unsupported", lambda *_: None)
+    asked = []
+    real = loss_head.next_token_loss
+    monkeypatch.setattr(loss_head, "next_token_loss", lambda *a, **k: (asked.append(1), real(*a, **k))[1])
+
+    def compiled() -> torch.Tensor:
+        torch._dynamo.reset()
+        asked.clear()
+        return torch.compile(lambda: program.call(**long_batch()).loss, backend="aot_eager")()
+
+    net = model(WORDS, 32)
+    program = begin(net, Mode.TRAINING, {"main": Call((), long_batch())})
+    program = apply_candidate(program, Candidate((FLOAT8, CHUNKED)))
+    first = compiled()
+    assert asked == []
+    with monkeypatch.context() as patch:
+        patch.setattr(loss_head, "unchunked", lambda _: "FSDP gathers it")
+        assert torch.allclose(compiled(), first, rtol=1e-5)
+        assert asked == [1]
+    fall_back(net, "lm_head", "it saturates")
+    assert torch.allclose(compiled(), first, rtol=1e-2)
+    assert asked == [1]
+    for undo in reversed(program.undo):
+        undo()
+    assert not {"forward", "_loss_head_made"} & {*vars(net.lm_head)}
+    assert torch.equal(net(**long_batch()).loss, model(WORDS, 32)(**long_batch()).loss)
 
 
 class Other(nn.Module):

@@ -5,7 +5,8 @@ The logits stay: they are part of what such a model returns, and a plan does not
 needs the loss alone saves them as well with `ops.linear_cross_entropy.causal_lm_loss(model, input_ids, labels)`, or
 by a plan with `chunked`: in compiled code the loss is computed from what the head read, chunk by chunk of rows, and
 where the loss alone is compiled (`compile(scope=loss)`) nothing reads the logits any more and the compiler drops
-them.
+them. A head that an earlier step runs in FP8 (`float8(head=True)`) stays in FP8 there (`precision/head.py`), where it
+has one scale a tensor; with scales by row, `chunked` is refused.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from kernel_pytorch._triton.launch import cannot_run
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
-from kernel_pytorch.ops.linear_cross_entropy.api import cross_entropy, linear_cross_entropy, unsupported
-from kernel_pytorch.precision.site import place_of
+from kernel_pytorch.ops.linear_cross_entropy.api import Reduction, cross_entropy, linear_cross_entropy, unsupported
+from kernel_pytorch.precision.head import float8_head_loss, unchunked
+from kernel_pytorch.precision.site import site_of
 from kernel_pytorch.transforms.ceilings import bounded
 
 __all__ = ["LossHead", "next_token_loss"]
@@ -166,7 +168,7 @@ class _Loss:
         if unsupported(logits) is not None:
             loss: torch.Tensor = self.own(logits, *args, **kwargs)
             return loss
-        if hidden is not None and self.head is not None:
+        if hidden is not None and self.head is not None and not _unchunked(self.head):
             return _chunked_loss(self.head, hidden, *args, **kwargs)
         return next_token_loss(logits, *args, **kwargs)
 
@@ -193,10 +195,15 @@ def _chunked_loss(
     """Return `next_token_loss` of the logits that the head makes of `hidden`, `[batch, sequence, width]`."""
     del kwargs, vocab_size
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), _targets(hidden, labels, ignore_index, shift_labels)
-    if num_items_in_batch is None:
-        return linear_cross_entropy(rows, head.weight, targets, bias=head.bias, ignore_index=ignore_index)
-    total = linear_cross_entropy(rows, head.weight, targets, bias=head.bias, ignore_index=ignore_index, reduction="sum")
-    return total / num_items_in_batch
+    reduction: Reduction = "mean" if num_items_in_batch is None else "sum"
+    site = site_of(head)
+    if site is not None:
+        total = float8_head_loss(rows, site, targets, ignore_index=ignore_index, reduction=reduction)
+    else:
+        total = linear_cross_entropy(
+            rows, head.weight, targets, bias=head.bias, ignore_index=ignore_index, reduction=reduction
+        )
+    return total if num_items_in_batch is None else total / num_items_in_batch
 
 
 def _note_head(model: nn.Module, loss: _Loss) -> str:
@@ -205,19 +212,25 @@ def _note_head(model: nn.Module, loss: _Loss) -> str:
     head = ask() if callable(ask) else None
     if type(head) is not nn.Linear:
         return f"{type(model).__name__} does not name a linear layer that makes its logits"
-    if place_of(head) is not None:
-        return "the layer that makes the logits runs in FP8, and its loss would not"
+    reason = _unchunked(head)
+    if reason:
+        return f"the layer that makes the logits runs in FP8, and its loss would not: {reason}"
     setattr(head, _MADE, _Made(vars(head).get("forward")))
     head.forward = types.MethodType(_noting, head)  # type: ignore[method-assign]
     loss.head = head
     return ""
 
 
+def _unchunked(head: nn.Linear) -> str:
+    site = site_of(head)
+    return "" if site is None else unchunked(site)
+
+
 def _forget_head(loss: _Loss) -> None:
     if loss.head is not None:
-        vars(loss.head).pop("forward", None)
         made: _Made = vars(loss.head).pop(_MADE)
-        if made.own is not None:
+        # A layer that fell back from FP8 has its own forward again, and keeps it.
+        if vars(loss.head).pop("forward", None) is not None and made.own is not None:
             loss.head.forward = made.own  # type: ignore[method-assign, assignment]
         loss.head = None
 

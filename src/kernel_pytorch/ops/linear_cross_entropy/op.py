@@ -16,13 +16,13 @@ import torch
 
 from kernel_pytorch._triton.launch import INTERPRETED
 
-__all__ = ["chunk_rows", "cross_entropy_op", "linear_cross_entropy_apply"]
+__all__ = ["ROUNDED_SUMS", "chunk_rows", "cross_entropy_op", "hand_over", "linear_cross_entropy_apply"]
 
 _KINDS = "cpu" if INTERPRETED else "cuda"
 _BUFFER_BYTES = 1 << 30
 """Logits of a chunk: 4186 rows of 128256 in bf16. Matrix products of 2048 rows and more run at full rate."""
 _LEAST_ROWS = 2048
-_ROUNDED_SUMS = 8
+ROUNDED_SUMS = 8
 """With more chunks the weight's gradient is summed in fp32, at the cost of memory: bf16 sums round once a chunk."""
 _OPTIONS = "int ignore_index, float label_smoothing, float softcap"
 
@@ -160,7 +160,7 @@ class _Sums:
 
     def __init__(self, weight: torch.Tensor | None, bias: torch.Tensor | None, chunks: int) -> None:
         self.weight, self.bias, self.first = weight, bias, True
-        rounded = chunks <= _ROUNDED_SUMS or (weight is not None and weight.dtype is torch.float32)
+        rounded = chunks <= ROUNDED_SUMS or (weight is not None and weight.dtype is torch.float32)
         self.wide_weight = None if weight is None or rounded else torch.zeros_like(weight, dtype=torch.float32)
         self.wide_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         if weight is not None and not chunks:
@@ -208,6 +208,37 @@ def _linear_cross_entropy_fake(
 _linear_cross_entropy_op = torch.ops.kernel_pytorch.linear_cross_entropy
 
 
+def hand_over(ctx: Any, grad: torch.Tensor) -> list[torch.Tensor | None]:
+    """Return the gradients that a forward saved, of what needs them, times `grad`; over the count saved after them.
+
+    In eager code they are scaled in place, so that this can be done once.
+    """
+    *grads, count = ctx.saved_tensors
+    factor = grad.to(torch.float32) if count is None else grad.to(torch.float32) / count
+    if torch.compiler.is_compiling():
+        return [(g * factor).to(g.dtype) if n else None for g, n in zip(grads, ctx.needs, strict=True)]
+    if ctx.spent:
+        raise RuntimeError(
+            "linear_cross_entropy hands its gradients over at the first backward: call it again, or use "
+            "reduction='none' and sum, for a second backward through one graph"
+        )
+    ctx.spent = True
+    for g, needed in zip(grads, ctx.needs, strict=True):
+        if needed:
+            _scale(g, factor)
+    return [g if n else None for g, n in zip(grads, ctx.needs, strict=True)]
+
+
+def _scale(x: torch.Tensor, factor: torch.Tensor) -> None:
+    if not (x.is_cuda or INTERPRETED):
+        # Where the kernels are emulated: one rounding and no new version, as theirs.
+        x.data.copy_(x.to(torch.promote_types(x.dtype, torch.float32)) * factor)
+        return
+    from kernel_pytorch.ops.linear_cross_entropy import cross_entropy_kernel as kernel
+
+    kernel.scale_(x, factor)
+
+
 class _Scalar(torch.autograd.Function):
     """Sum or mean: gradients are made in the forward, and handed over, scaled in place, by the first backward."""
 
@@ -236,23 +267,7 @@ class _Scalar(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        *grads, count = ctx.saved_tensors
-        factor = grad.to(torch.float32) if count is None else grad.to(torch.float32) / count
-        if torch.compiler.is_compiling():
-            scaled = [(g * factor).to(g.dtype) if n else None for g, n in zip(grads, ctx.needs, strict=True)]
-            return (*scaled, None, None, None, None, None)
-        if ctx.spent:
-            raise RuntimeError(
-                "linear_cross_entropy hands its gradients over at the first backward: call it again, or use "
-                "reduction='none' and sum, for a second backward through one graph"
-            )
-        ctx.spent = True
-        from kernel_pytorch.ops.linear_cross_entropy import cross_entropy_kernel as kernel
-
-        for g, needed in zip(grads, ctx.needs, strict=True):
-            if needed:
-                kernel.scale_(g, factor)
-        return (*(g if n else None for g, n in zip(grads, ctx.needs, strict=True)), None, None, None, None, None)
+        return (*hand_over(ctx, grad), None, None, None, None, None)
 
 
 class _Rows(torch.autograd.Function):

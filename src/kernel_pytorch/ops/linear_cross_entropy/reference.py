@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-__all__ = ["cross_entropy_reference", "linear_cross_entropy_reference"]
+__all__ = ["cross_entropy_reference", "linear_cross_entropy_reference", "slopes_reference"]
 
 
 def cross_entropy_reference(
@@ -42,3 +42,15 @@ def linear_cross_entropy_reference(
         functional.linear(hidden, weight, bias), labels, ignore_index=ignore_index, label_smoothing=label_smoothing,
         softcap=softcap, reduction=reduction,
     )  # fmt: skip
+
+
+def slopes_reference(
+    logits: torch.Tensor, labels: torch.Tensor, *, ignore_index: int = -100
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the losses of rows in fp32, 0 where ignored, and the gradients of their sum, not rounded to 16 bits."""
+    wide = logits if logits.dtype is torch.float64 else logits.float()
+    used = labels != ignore_index
+    losses = functional.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="none")
+    slopes = torch.softmax(wide, 1)
+    slopes[used.nonzero(as_tuple=True)[0], labels[used]] -= 1.0
+    return losses.float(), torch.where(used[:, None], slopes, 0.0)
