@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Result", "render", "results_of"]
+__all__ = ["Result", "counts", "render", "results_of"]
 
 RAN, FAILED, SKIPPED = "ran", "failed", "could not"
 _WHOLE_FILE = re.compile(r"^\('.*', \d+, [\"']Skipped: (.*)[\"']\)$")
@@ -73,6 +73,12 @@ def render(runtimes: Mapping[str, list[Result]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def counts(results: list[Result]) -> dict[str, int]:
+    """Return how many tests ran, failed and could not run."""
+    outcomes = [result.outcome for result in results]
+    return {name: outcomes.count(name) for name in (RAN, FAILED, SKIPPED)}
+
+
 def _result(case: ET.Element) -> Result:
     place, name = _place(case.get("classname", "")), case.get("name", "")
     if not place:  # a file that was skipped as a whole has its module as name
@@ -96,9 +102,7 @@ def _place(module: str) -> str:
 def _counts(results: list[Result]) -> str:
     if not results:
         return "-"
-    outcomes = [result.outcome for result in results]
-    said = [f"{outcomes.count(o)} {o}" for o in (RAN, FAILED, SKIPPED) if o in outcomes]
-    return ", ".join(said)
+    return ", ".join(f"{count} {outcome}" for outcome, count in counts(results).items() if count)
 
 
 def main(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ XLA's CPU plugin, PyTorch/XLA with PJRT_DEVICE=CPU, and what is compiled ahead o
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE / "environments")]
 
 from build import Unavailable, build  # noqa: E402  the files beside this one, on a machine with nothing installed
-from report import render, results_of  # noqa: E402
+from report import counts, render, results_of  # noqa: E402
 
 ENVIRONMENTS = {"torch_tpu": ".venv-tpu", "torch_xla": ".venv-xla"}
 DEVICE_TESTS = ("tests/contracts", "tests/tpu", "tests/gpu")
@@ -106,6 +107,9 @@ def main() -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     runtimes = [arguments.only] if arguments.only else ["torch_tpu"] if arguments.short else list(ENVIRONMENTS)
     codes: dict[str, int] = {}
+    ran_for: dict[str, dict[str, float]] = {}
+    for old in arguments.output.glob("*.xml"):
+        old.unlink()  # what pytest does not write today is not told as of today
     for runtime in runtimes:
         directory = ROOT / ENVIRONMENTS[runtime]
         start = time.monotonic()
@@ -120,12 +124,19 @@ def main() -> int:
         chip = has_chip(python)
         where = "on the TPU of this machine" if chip else "emulated on the CPU"
         print(f"{runtime}: {directory.name} ready after {time.monotonic() - start:.0f} s; tests {where}", flush=True)
+        start = time.monotonic()
         codes[runtime] = tests(runtime, python, arguments.output, chip=chip, short=arguments.short, extra=extra)
+        ran_for[runtime] = {"seconds": round(time.monotonic() - start)}
         if runtime == "torch_xla" and not arguments.short:
+            start = time.monotonic()
             codes["host tests on torch 2.9"] = host_tests(python, arguments.output, extra)
+            ran_for["host"] = {"seconds": round(time.monotonic() - start)}
     found = {r: results_of(arguments.output / f"{r}.xml") for r in runtimes if r in codes and codes[r] in (0, 1)}
     text = render(found)
     (arguments.output / "report.md").write_text(text, encoding="utf-8")
+    files = {name: arguments.output / f"{name}.xml" for name in ran_for}
+    told = {name: took | counts(results_of(files[name])) for name, took in ran_for.items() if files[name].exists()}
+    (arguments.output / "counts.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     print(text)
     for name, code in codes.items():
         if code:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.tpu.environments.build import FILES, HERE, is_unavailable
 from tests.tpu.environments.stub_cuda import parse_needs, source_of
-from tests.tpu.report import Result, main, render, results_of
+from tests.tpu.report import Result, counts, main, render, results_of
 
 JUNIT = """<?xml version="1.0" encoding="utf-8"?>
 <testsuites><testsuite name="pytest">
@@ -49,6 +49,10 @@ def test_the_table_counts_by_file_and_lists_every_one_that_could_not_run(results
     assert "test_graph[tpu]" in could_not
     assert "Failed on torch_tpu:" in text
     assert "on torch_xla:" not in text
+
+
+def test_outcomes_are_counted(results):
+    assert counts(results) == {"ran": 1, "failed": 2, "could not": 2}
 
 
 def test_a_file_of_which_nothing_could_run_for_one_reason_is_one_line():
