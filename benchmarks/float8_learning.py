@@ -55,6 +55,8 @@ HELD_OUT = 20
 """One file in so many is for validation, by a digest of its name."""
 PACKAGES = ("torch", "transformers", "sympy", "scipy", "numpy", "jax", "pandas", "sklearn")
 """Whose source is read after the standard library's, where they are installed, until there is enough."""
+_TIMED, _BURSTS = 20, 4
+"""Steps that are timed at the end of a validation's interval, alone on the device, and of how many intervals."""
 HEAD = " + head"
 VARIANTS = ("bf16", *_AUTO, *(name + HEAD for name in _AUTO if holds_tails(name)))
 
@@ -219,7 +221,7 @@ def train(job: Job, variant: str, seed: int, text: Text, *, late: Callable[[], b
     torch._dynamo.reset()
     loss_of = torch.compile(mean_loss) if job.compiled else mean_loss
     began, losses, curve, samples = time.monotonic(), [], [], []
-    chunk = 0.0
+    chunk, burst, alone = 0.0, min(_TIMED, job.every // 2), contextlib.ExitStack()
     for step, starts in enumerate(order):
         for group in optimizer.param_groups:
             group["lr"] = rate_of(step, job)
@@ -232,16 +234,20 @@ def train(job: Job, variant: str, seed: int, text: Text, *, late: Callable[[], b
         if step == 0:
             synchronize()
             row["first_step_seconds"] = time.monotonic() - began
-            chunk, first = time.perf_counter(), 1
         done = step + 1
-        if done % job.every == 0 or done == job.steps:
+        if done % job.every == job.every - burst and len(samples) < _BURSTS:
+            alone.enter_context(manager_for().exclusive())
             synchronize()
-            samples.append(1e3 * (time.perf_counter() - chunk) / max(1, done - first))
+            chunk = time.perf_counter()
+        if done % job.every == 0 or done == job.steps:
+            if chunk and done % job.every == 0:
+                synchronize()
+                samples.append(1e3 * (time.perf_counter() - chunk) / burst)
+                chunk = 0.0
+                alone.close()
             curve.append([done, validation_loss(model, held_out, job, job.batches)])
             if not math.isfinite(curve[-1][1]) or (late() and done < job.steps):
                 break
-            synchronize()
-            chunk, first = time.perf_counter(), done
     diverged = not math.isfinite(curve[-1][1])
     finished = len(losses) == job.steps
     row |= {
@@ -249,7 +255,7 @@ def train(job: Job, variant: str, seed: int, text: Text, *, late: Callable[[], b
         "losses": [round(x, 5) if math.isfinite(x) else None for x in torch.stack(losses).tolist()],
         "curve": [[at, value if math.isfinite(value) else None] for at, value in curve],
         "final": validation_loss(model, held_out, job, job.final_batches) if finished and not diverged else None,
-        "samples_ms": samples, "ms": statistics.median(samples[1:] or samples),
+        "samples_ms": samples, "ms": statistics.median(samples),
         "seconds": time.monotonic() - began,
     }  # fmt: skip
     return row
@@ -406,6 +412,8 @@ def main() -> None:
     job = SMOKE if args.smoke else Job()
     changed = {key: value for key in ("steps", "batch") if (value := getattr(args, key)) is not None}
     job = replace(job, **changed, compiled=job.compiled or args.compile)
+    if job.steps < job.every:
+        raise SystemExit(f"--steps must be at least {job.every}, the interval between validations")
     text, spec = read_text(job.megabytes), manager_for().spec
     fresh = {
         "device": spec.key, "gpu": spec.name, "software": dict(spec.software), "job": asdict(job), "text": text.told,

@@ -72,7 +72,8 @@ def main() -> None:
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(args.rounds):
         for name in list(runs) if i % 2 else list(reversed(runs)):
-            samples[name].append(manager.time_ms(runs[name]))
+            with manager.exclusive():
+                samples[name].append(manager.time_ms(runs[name]))
     ratios = [b / a for a, b in zip(samples["plain"], samples["watched"], strict=True)]
     artefact: dict[str, Any] = {
         "device": manager.spec.key, "software": dict(manager.spec.software), "emulated": not on_gpu,

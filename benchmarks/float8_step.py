@@ -74,13 +74,16 @@ def run(target: str, steps: list[tuple[str, dict[str, Any]]], repeats: int) -> d
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    samples = [manager.time_ms(step) for _ in range(repeats)]
+    with manager.exclusive():
+        step()
+        samples = [manager.time_ms(step) for _ in range(repeats)]
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     by_class: collections.Counter[str] = collections.Counter()
     kernels: collections.Counter[str] = collections.Counter()
     calls: collections.Counter[str] = collections.Counter()
     profiled = 2
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
+    kind = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with manager.exclusive(), profile(activities=[kind]) as recorded:
         for _ in range(profiled):
             step()
         manager.synchronize()

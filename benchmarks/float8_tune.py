@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from float8_layers import in_turns
 
+from kernel_pytorch.backends import manager_for
 from kernel_pytorch.ops.float8_cast import E4M3, E5M2, float8_cast, float8_cast_kernel, fresh_state
 from kernel_pytorch.ops.float8_cast.float8_cast_kernel import Tile
 from kernel_pytorch.ops.float8_gated_mlp import float8_gated_mlp_kernel as gated
@@ -126,7 +127,8 @@ def main() -> None:
     found = json.loads(args.output.read_text()) if args.output.exists() else {"gpu": torch.cuda.get_device_name()}
     for name, run in work().items():
         if args.only in name and name not in found:
-            found[name] = run()
+            with manager_for().exclusive():
+                found[name] = run()
             args.output.write_text(json.dumps(found, indent=1) + "\n")
             medians = {k: statistics.median(v) for k, v in found[name]["samples_ms"].items()}
             for variant, ms in sorted(medians.items(), key=lambda item: item[1])[:4]:
