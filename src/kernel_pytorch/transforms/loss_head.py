@@ -6,7 +6,7 @@ needs the loss alone saves them as well with `ops.linear_cross_entropy.causal_lm
 by a plan with `chunked`: in compiled code the loss is computed from what the head read, chunk by chunk of rows, and
 where the loss alone is compiled (`compile(scope=loss)`) nothing reads the logits any more and the compiler drops
 them. A head that an earlier step runs in FP8 (`float8(head=True)`) stays in FP8 there (`precision/head.py`), where it
-has one scale a tensor; with scales by row, `chunked` is refused.
+has one scale a tensor; with scales by row its logits stay whole.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def _targets(
 class LossHead:
     """Put `next_token_loss` in the place of a model's `loss_function`, where that is the same function.
 
-    `chunked=True`: compiled code computes the loss from what the head read, without logits; how that does on a GPU has
-    not been measured.
+    `chunked=True`: compiled code computes the loss from what the head read, without logits, where the model names a
+    head that allows it; a note tells where not.
     """
 
     name = "loss_head"
@@ -102,7 +102,7 @@ class LossHead:
             return skip
         if not any("nll_loss" in name or "cross_entropy" in name for name in workload.operators):
             return Skip("the workload computes no cross-entropy")
-        return [Step(self.name), Step(self.name, {"chunked": True})]
+        return [Step(self.name, {"chunked": True}), Step(self.name)]
 
     def ceiling(self, step: Step, prediction: Prediction, device: DeviceSpec) -> float:
         """The softmax, the casts of logits and what surrounds them may cost nothing."""
@@ -116,7 +116,8 @@ class LossHead:
         reason = _differs(model, own)
         loss = _Loss(own)
         if not reason and step.params.get("chunked", False):
-            reason = _note_head(model, loss)
+            whole = _note_head(model, loss)
+            program.notes += [f"logits stay whole: {whole}"] if whole else []
         if not reason:
             reason = _put(model, loss, given)
         if reason:
