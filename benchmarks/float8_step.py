@@ -46,7 +46,9 @@ def variants(device: kp.DeviceSpec) -> dict[str, list[tuple[str, dict[str, Any]]
     found = {"bf16": base, "bf16, loss by chunks": chunked}
     found |= {f"float8 {name}": [*base, ("float8", {"recipe": name})] for name in RECIPES}
     found["float8 tensorwise_delayed, loss by chunks"] = [*chunked, ("float8", {"recipe": "tensorwise_delayed"})]
-    found["float8 tensorwise_delayed + head"] = [*base, ("float8", {"recipe": "tensorwise_delayed", "head": True})]
+    head = ("float8", {"recipe": "tensorwise_delayed", "head": True})
+    found["float8 tensorwise_delayed + head"] = [*base, head]
+    found["float8 tensorwise_delayed + head, loss by chunks"] = [*chunked, head]
     return found
 
 

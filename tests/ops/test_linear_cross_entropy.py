@@ -8,7 +8,15 @@ from torch.nn import functional as F
 
 from kernel_pytorch.core.types import Skip
 from kernel_pytorch.errors import InputsError, ModelError
+from kernel_pytorch.ops.float8_cast import Float8Matrix, float8_cast, fresh_state
+from kernel_pytorch.ops.float8_cast.reference import scale_reference
 from kernel_pytorch.ops.linear_cross_entropy import causal_lm_loss, cross_entropy, linear_cross_entropy, unsupported
+from kernel_pytorch.ops.linear_cross_entropy.float8_op import (
+    GradientCast,
+    Products,
+    float8_chunk_rows,
+    float8_linear_cross_entropy_apply,
+)
 from kernel_pytorch.ops.linear_cross_entropy.op import chunk_rows
 from kernel_pytorch.ops.linear_cross_entropy.shapes import AWKWARD, LLAMA_3
 
@@ -288,6 +296,73 @@ def test_operators_follow_the_rules_of_pytorch(interpreter: None, op: str) -> No
     }[op]
     tests = ("test_schema", "test_faketensor") + (("test_autograd_registration",) if op == "cross_entropy" else ())
     torch.library.opcheck(getattr(torch.ops.kernel_pytorch, op).default, args, test_utils=tests)
+
+
+FLOAT8_UNIT = 2.0**-2
+"""Spacing of E5M2, beside which one slope of many that is rounded to the other side of a tie is seen."""
+
+
+def float8_case(
+    hidden: torch.Tensor, weight: torch.Tensor, state: torch.Tensor | None
+) -> tuple[Float8Matrix, Float8Matrix, GradientCast, Products]:
+    x8, w8 = (float8_cast(t, torch.float8_e4m3fn, power_of_2=True) for t in (hidden, weight))
+    cast = GradientCast(torch.float8_e5m2, state, power_of_2=True)
+    return x8, w8, cast, Products(hidden.dtype, (True, False, False), measured=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("delayed", [False, True])
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_in_float8_it_is_exact_on_its_operands(
+    interpreter: None, dtype: torch.dtype, delayed: bool, chunk: int | None
+) -> None:
+    rows, size, columns = 39, 32, 48
+    hidden, weight, bias, labels = inputs((rows, size, columns), dtype)
+    state = fresh_state(4, "cpu") if delayed else None
+    small = float8_case(hidden, weight, state)
+    loss = float8_linear_cross_entropy_apply(
+        hidden, weight, bias, labels, *small, ignore_index=IGNORED, reduction="mean", chunk=chunk
+    )
+    (loss * 2).backward()
+    x, w = (m.row.double() * m.inverse.double() for m in small[:2])
+    logits = x @ w.t() + bias.detach().double()
+    assert abs(loss.item() - F.cross_entropy(logits, labels).item()) < ROUNDING[dtype]
+    used = labels != IGNORED
+    slopes = torch.where(used[:, None], logits.softmax(1) - F.one_hot(labels.clamp_min(0), columns), 0.0) / used.sum()
+    scale = scale_reference(slopes.abs().max().float(), torch.float8_e5m2, power_of_2=True)
+    # Casts are tested beside theirs; the interpreter rounds some values otherwise than GPUs.
+    cast = float8_cast(slopes.to(dtype), torch.float8_e5m2, power_of_2=True)
+    rounded = cast.row.double() * cast.inverse.double() * 2
+    least = 2 * FLOAT8_UNIT / rounded.numel() ** 0.5 + ROUNDING[dtype]
+    for got, want in ((hidden.grad, rounded @ w), (weight.grad, rounded.t() @ x), (bias.grad, 2 * slopes.sum(0))):
+        assert got.dtype is dtype
+        assert error(got, want) < least
+    if state is not None:
+        assert torch.allclose(state[1].double(), slopes.abs().max(), rtol=ROUNDING[dtype])
+        assert state[2] == scale
+
+
+def test_in_float8_the_operator_follows_the_rules_of_pytorch(interpreter: None) -> None:
+    # Its schema cannot be checked: PyTorch's check perturbs arguments, and has no sums of FP8.
+    hidden, weight, bias, labels = (t.detach() for t in inputs((20, 16, 48)))
+    x8, w8, cast, products = float8_case(hidden, weight, None)
+    args = (
+        x8.row, x8.transposed, x8.inverse, w8.row, w8.transposed, w8.inverse, bias, labels, None, None, cast.dtype,
+        True, products.dtype, torch.float32, torch.float32, [True, False, False], False, IGNORED, True, 16,
+    )  # fmt: skip
+    for needs in ([True, True, True], [False, True, False], [False] * 3):
+        torch.library.opcheck(
+            torch.ops.kernel_pytorch.float8_linear_cross_entropy.default, (*args, needs),
+            test_utils="test_faketensor",
+        )  # fmt: skip
+
+
+def test_chunks_in_float8_begin_where_products_can_read_them() -> None:
+    rows, _, columns = LLAMA_3
+    assert float8_chunk_rows(rows, columns, 2) == 4096
+    assert float8_chunk_rows(10**6, columns, 2) % 16 == 0
+    assert float8_chunk_rows(100, columns, 2, chunk=33) == 32
+    assert float8_chunk_rows(0, columns, 2) == 16
 
 
 class TestCausalLanguageModels:

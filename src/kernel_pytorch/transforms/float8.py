@@ -33,7 +33,8 @@ class Float8:
 
     The gradient of logits is scaled as a whole: its format is E5M2, whose range holds both the one word that counts and
     the tail of the others (a factor of the number of words apart), where E4M3 would round the tail to zero. A search
-    proposes it where the configuration allows it (`nvidia.allow_float8_lm_head`).
+    proposes it where the configuration allows it (`nvidia.allow_float8_lm_head`). With `loss_head(chunked)` beside it a
+    compiled loss needs no logits, where the recipe has one scale a tensor.
     """
 
     name = "float8"
