@@ -185,7 +185,7 @@ def predict(**options: Any) -> int:
 @click.option(
     "--allow-float8-lm-head",
     is_flag=True,
-    help="On NVIDIA GPUs, let the layer that makes logits train in FP8, too; the numerics gates judge it like any other.",
+    help="On NVIDIA GPUs, let the layer that makes logits train in FP8, too; it is judged like any other step.",
 )
 @_choice
 @_seed
