@@ -39,7 +39,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Candidate]:
         params = {s.transform: s.params for s in build.candidate.steps}
         peak = PEAKS[str(params["recompute"]["keep"])] if params else PEAKS[""]
         if params.get("shard", {}).get("windows") is False:
-            peak -= 1
+            peak -= 3
         flops = FLOPS + 20 * list(PEAKS).index(str(params["recompute"]["keep"]) if params else "")
         return SimpleNamespace(fits=True, peak_bytes=peak, flops=flops)
 
@@ -88,6 +88,13 @@ def test_on_a_slice_products_are_left_whole_where_their_windows_take_too_much(as
     assert found.chosen is found.tried[2]
     shard = found.tried[2].candidate.steps[-1]
     assert shard == Step("shard", {"parameters": "sharded", "rows": "Block", "windows": False})
+
+
+def test_with_products_whole_the_cheapest_set_that_reaches_the_goal_is_taken_too(asked: list[Candidate]) -> None:
+    found = search(1, "v5e:4x4")
+    assert kept(found) == "some"
+    assert found.chosen.candidate.steps[-1].params["windows"] is False  # type: ignore[union-attr]
+    assert [str(c.steps[0].params["keep"]) for c in asked[1:]] == ["most", "most", "some", "few"]
 
 
 def test_a_negative_allowance_is_refused(asked: list[Candidate]) -> None:

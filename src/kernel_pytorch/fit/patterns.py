@@ -104,8 +104,9 @@ def search_patterns(
             reaches(option)
         return Searched(_smallest(tried), tuple(tried), found, goal)
     _first(options if cheapest else options[-1:], reaches)
-    if spread and options and not any(_reaches(t, memory_bytes) for t in tried):
-        reaches(replace(options[-1], candidate=_whole(options[-1].candidate)))
+    if spread and not any(_reaches(t, memory_bytes) for t in tried):
+        whole = [replace(o, candidate=_whole(o.candidate)) for o in options]
+        _first(whole if cheapest else whole[-1:], reaches)
     fitting = [t for t in tried if _reaches(t, memory_bytes)]
     return Searched(min(fitting, key=lambda t: t.extra_flops, default=None), tuple(tried), found, goal)
 
