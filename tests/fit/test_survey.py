@@ -11,6 +11,25 @@ SPLASH, MASK = Step("splash_attention"), Step("causal_mask")
 
 
 @pytest.mark.parametrize(
+    ("without_masks", "told"),
+    [
+        ("splash_attention: attention weights are dropped out", "splash_attention: attention weights are dropped out"),
+        ("causal_mask: no mask is made in the model", "splash_attention: the mask is not the causal one"),
+    ],
+)
+def test_what_is_in_the_way_once_masks_are_gone_is_the_reason(without_masks: str, told: str) -> None:
+    left_out: list[Skipped] = []
+
+    def add(*steps: Step) -> bool:
+        reason = without_masks if len(steps) > 1 else "splash_attention: the mask is not the causal one"
+        left_out.append(Skipped(steps[-1].transform, reason))
+        return False
+
+    _add_attention(SPLASH, add, Mode.TRAINING, left_out)
+    assert [skipped.reason for skipped in left_out] == [told]
+
+
+@pytest.mark.parametrize(
     ("mode", "applying", "asked", "reasons"),
     [
         (Mode.TRAINING, [(SPLASH,)], [(SPLASH,)], 0),

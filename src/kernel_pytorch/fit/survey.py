@@ -109,10 +109,15 @@ def survey(build: Build, *, partitioned: bool = False, known: int = 0) -> Survey
 
 
 def _add_attention(step: Step, add: Callable[..., bool], mode: Mode, left_out: list[Skipped]) -> None:
-    """Add a pattern of attention, if need be with the masks that transformers makes while it is traced taken away."""
-    if not add(step) and mode is Mode.TRAINING:
-        add(Step("causal_mask"), step)
-        left_out.pop()  # the reason of the first where the second applies; where neither does, one remains
+    """Add a pattern of attention, if need be with the masks that transformers makes while it is traced taken away.
+
+    Where neither applies, the reason that remains is what stands in the way once the masks are gone, if they go.
+    """
+    if add(step) or mode is not Mode.TRAINING:
+        return
+    with_masks = left_out.pop()
+    if not add(Step("causal_mask"), step) and not left_out[-1].reason.startswith(f"{step.transform}:"):
+        left_out[-1] = with_masks
 
 
 def _recomputing(build: Build, common: list[Step], block: str, left_out: list[Skipped]) -> Iterator[Option]:
