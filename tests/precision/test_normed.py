@@ -146,3 +146,36 @@ def test_a_norm_is_left_alone_once_its_layers_fell_back() -> None:
     torch.compiler.reset()
     torch.compile(model, fullgraph=True)(torch.randn(2, 24, 64)).sum().backward()
     assert all(vars(norm)["_float8_norm"].made is None for norm in (model.first, model.second))
+
+
+def test_the_backward_makes_copies_one_layer_after_the_other(monkeypatch) -> None:
+    """What waits for nothing of a backward would be put at its beginning, the copies of all layers at once."""
+    from kernel_pytorch.ops.float8_cast import reference as casts
+    from kernel_pytorch.ops.float8_matmul import reference as products
+
+    calls: list[str] = []
+
+    def noted(module, name: str, what: str) -> None:
+        own = getattr(module, name)
+
+        def call(*args, **kwargs):
+            calls.append("turned" if kwargs.get("row") is False else what)
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(Block(), Block()), "tensorwise_delayed", example_inputs=(torch.randn(2, 24, 64),))
+    run = torch.compile(model, fullgraph=True)
+    x = torch.randn(4, 256, 64, requires_grad=True)  # copies that are larger than the gradients of weights
+    run(x).sum().backward()
+    y = run(x)
+    noted(casts, "cast_reference", "cast")
+    noted(products, "product_reference", "product")
+    y.sum().backward()
+    assert calls.count("turned") == 2 * (4 + 3)  # of a block four weights and three inputs
+    held = made = 0
+    for call in calls:
+        made = {"turned": made + 1, "product": max(0, made - 1)}.get(call, made)
+        held = max(held, made)
+    assert held <= 2, " ".join(calls)

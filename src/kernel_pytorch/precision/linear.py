@@ -92,11 +92,13 @@ class _Linears(torch.autograd.Function):
         dy_row, dy_turned, dy_inverse, dy_turned_inverse = small
         dx = None
         if row and weights:
-            w_turned, w_inverse = _turned_weights(weights, w_state, w_kind, power_of_2=power_of_2, by_row=by_row)
+            w_turned, w_inverse = _turned_weights(
+                weights, w_state, w_kind, power_of_2=power_of_2, by_row=by_row, after=dy_inverse
+            )
         if turned and of_x is not None:
             factors = (row_factor, column_factor)
             x_turned, x_inverse = cast_turned(
-                [of_x], x_state, x_kind, power_of_2=power_of_2, by_row=by_row, factors=factors
+                [of_x], x_state, x_kind, power_of_2=power_of_2, by_row=by_row, factors=factors, after=dy_inverse
             )
         if row:
             dx = float8_matmul_op(dy_row, w_turned, dy_inverse, w_inverse, None, ctx.x_dtype, *by_input[1:])
@@ -146,23 +148,34 @@ def cast_turned(
     *,
     power_of_2: bool,
     by_row: bool,
+    after: torch.Tensor,
     factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the transposed copy of what a forward cast without it, and what turns it back; scales stay as they are."""
+    """Return the transposed copy of what a forward cast without it, and what turns it back; scales stay as they are.
+
+    It is made when `after` is there, and not before.
+    """
     xs = [x.detach() for x in xs]
+    wanted = (False, True)
     if by_row:
-        _, turned, _, inverse = float8_cast_rows_op(xs, kind, False, True, power_of_2)  # noqa: FBT003
+        _, turned, _, inverse = float8_cast_rows_op(xs, kind, *wanted, power_of_2, 0, after)
         return turned, inverse
-    _, turned, inverse = float8_cast_op(xs, state, kind, False, True, "read", power_of_2, 0, *factors)  # noqa: FBT003
+    _, turned, inverse = float8_cast_op(xs, state, kind, *wanted, "read", power_of_2, 0, *factors, after)
     return turned, inverse
 
 
 def _turned_weights(
-    weights: list[torch.Tensor], state: torch.Tensor | None, kind: torch.dtype, *, power_of_2: bool, by_row: bool
+    weights: list[torch.Tensor],
+    state: torch.Tensor | None,
+    kind: torch.dtype,
+    *,
+    power_of_2: bool,
+    by_row: bool,
+    after: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     whole = gathered(weights)
     if whole is None:
-        return cast_turned(weights, state, kind, power_of_2=power_of_2, by_row=by_row)
+        return cast_turned(weights, state, kind, power_of_2=power_of_2, by_row=by_row, after=after)
     return transpose(whole.row), whole.inverse
 
 

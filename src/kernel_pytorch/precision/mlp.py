@@ -73,7 +73,8 @@ class _GatedMLP(torch.autograd.Function):
         )
         if dy_counters is not None:
             dy_inverse = count_op([dy], dy_inverse, kind, dy_counters)
-        d_turned, d_inverse = _turned((d_turned, d_inverse), weights[2:], d_state, weight_kind, power_of_2=power_of_2)
+        later = (weight_kind, power_of_2)
+        d_turned, d_inverse = _turned((d_turned, d_inverse), weights[2:], d_state, later, dy_inverse)
         grad = float8_matmul_op(dy_row, d_turned, dy_inverse, d_inverse, None, gate_up.dtype, *fast[1])
         row, turned, gate_up_inverse, product = float8_gated_mlp_backward_op(
             grad, gate_up, gate_up_state, inverse, kind, product_kind, activation, True, learns, learns_down,  # noqa: FBT003
@@ -87,16 +88,15 @@ class _GatedMLP(torch.autograd.Function):
         if learns and of_x is not None:
             factors = (row_factor, column_factor)
             x_turned, x_inverse = cast_turned(
-                [of_x], x_state, product_kind, power_of_2=power_of_2, by_row=False, factors=factors
-            )
+                [of_x], x_state, product_kind, power_of_2=power_of_2, by_row=False, factors=factors,
+                after=gate_up_inverse,
+            )  # fmt: skip
         if learns:
             whole = float8_matmul_op(turned, x_turned, gate_up_inverse, x_inverse, None, ctx.dtypes[0], *fast[2])
             grads[0], grads[2] = whole.split(sizes, 0)
         dx = None
         if ctx.needs_input_grad[1]:
-            w_turned, w_inverse = _turned(
-                (w_turned, w_inverse), weights[:2], w_state, weight_kind, power_of_2=power_of_2
-            )
+            w_turned, w_inverse = _turned((w_turned, w_inverse), weights[:2], w_state, later, gate_up_inverse)
             dx = float8_matmul_op(row, w_turned, gate_up_inverse, w_inverse, None, x_dtype, *fast[1])
         if needs[1] or needs[3]:
             # Biases of gate and up: their gradients exist in FP8 only.
@@ -109,9 +109,12 @@ class _GatedMLP(torch.autograd.Function):
         return None, dx, None, None, *(g if n else None for g, n in zip(grads, needs, strict=True))
 
 
-def _turned(made: Any, weights: list[Any], state: torch.Tensor | None, kind: torch.dtype, *, power_of_2: bool) -> Any:
+def _turned(made: Any, weights: list[Any], state: torch.Tensor | None, options: Any, after: torch.Tensor) -> Any:
     """Return weights transposed, and what turns them back: what the forward made, or where it did not, made now."""
-    return made if weights[0] is None else cast_turned(weights, state, kind, power_of_2=power_of_2, by_row=False)
+    if weights[0] is None:
+        return made
+    kind, power_of_2 = options
+    return cast_turned(weights, state, kind, power_of_2=power_of_2, by_row=False, after=after)
 
 
 def float8_mlp(x: torch.Tensor, first: Site, last: Site, activation: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ __all__ = ["float8_cast_op", "float8_cast_rows_op", "moves_scale"]
 torch.library.define(
     "kernel_pytorch::float8_cast",
     "(Tensor[] xs, Tensor? state, ScalarType dtype, bool row, bool transposed, str role, bool power_of_2, int axis=0,"
-    " Tensor? row_factor=None, Tensor? column_factor=None) -> (Tensor, Tensor, Tensor)",
+    " Tensor? row_factor=None, Tensor? column_factor=None, Tensor? after=None) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -38,7 +38,9 @@ def _cast(
     axis: int = 0,
     row_factor: torch.Tensor | None = None,
     column_factor: torch.Tensor | None = None,
+    after: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    del after
     counts, moves = role != "read", moves_scale(role)
     if xs[0].is_cuda or INTERPRETED:
         from kernel_pytorch.ops.float8_cast import float8_cast_kernel as kernel
@@ -80,8 +82,9 @@ def _cast_fake(
     axis: int = 0,
     row_factor: torch.Tensor | None = None,
     column_factor: torch.Tensor | None = None,
+    after: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    del state, role, power_of_2, row_factor, column_factor
+    del state, role, power_of_2, row_factor, column_factor, after
     rows, columns = whole_shape(xs, axis)
     x = xs[0]
     return (
@@ -92,7 +95,7 @@ def _cast_fake(
 
 
 float8_cast_op = torch.ops.kernel_pytorch.float8_cast
-"""`(xs, state, dtype, row, transposed, role, power_of_2, axis, row_factor, column_factor)`, without a gradient.
+"""`(xs, state, dtype, row, transposed, role, power_of_2, axis, row_factor, column_factor, after)`, without a gradient.
 
 Args of the operator:
     xs: Matrices that become one, bfloat16, float16 or float32 (on a CPU also float64).
@@ -107,6 +110,8 @@ Args of the operator:
     row_factor: Float32 `[rows]`, with `column_factor`: the one matrix is multiplied by both before it is cast, in
         float32, so that what a normalisation makes (`x * rstd * weight`) is not written and read in between.
     column_factor: `[columns]`, of any of the formats.
+    after: What is not read: a compiler orders operators by what they take, and puts one that waits for nothing of a
+        backward at its very beginning, with all others of its kind.
 
 Results `(row, transposed, inverse)`, of the whole: FP8 `[rows, columns]`; FP8 `[columns, padded(rows)]`, zero beyond
 `rows` (empty where not wanted); and float32 `[1]`, the factor that turns the copies back.
@@ -114,14 +119,21 @@ Results `(row, transposed, inverse)`, of the whole: FP8 `[rows, columns]`; FP8 `
 
 torch.library.define(
     "kernel_pytorch::float8_cast_rows",
-    "(Tensor[] xs, ScalarType dtype, bool row, bool transposed, bool power_of_2, int axis=0)"
+    "(Tensor[] xs, ScalarType dtype, bool row, bool transposed, bool power_of_2, int axis=0, Tensor? after=None)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 def _cast_rows(
-    xs: list[torch.Tensor], dtype: torch.dtype, row: bool, transposed: bool, power_of_2: bool, axis: int = 0
+    xs: list[torch.Tensor],
+    dtype: torch.dtype,
+    row: bool,
+    transposed: bool,
+    power_of_2: bool,
+    axis: int = 0,
+    after: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    del after
     if xs[0].is_cuda or INTERPRETED:
         from kernel_pytorch.ops.float8_cast import float8_rowwise_kernel as kernel
 
@@ -137,9 +149,15 @@ for _kind in ("cuda", "cpu"):
 
 @torch.library.register_fake("kernel_pytorch::float8_cast_rows")
 def _cast_rows_fake(
-    xs: list[torch.Tensor], dtype: torch.dtype, row: bool, transposed: bool, power_of_2: bool, axis: int = 0
+    xs: list[torch.Tensor],
+    dtype: torch.dtype,
+    row: bool,
+    transposed: bool,
+    power_of_2: bool,
+    axis: int = 0,
+    after: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    del power_of_2
+    del power_of_2, after
     rows, columns = whole_shape(xs, axis)
     return (
         xs[0].new_empty((rows, columns) if row else (0,), dtype=dtype),
