@@ -38,6 +38,12 @@ def chosen() -> StepMemory:
     return unmodified(whose=Whose.CHOSEN, peak_bytes=4 * GIB, parts={**PARTS, "temporaries": GIB}, modules=modules)
 
 
+def printed(plan) -> str:
+    stream = io.StringIO()
+    render_plan(plan, Console(file=stream, width=120))
+    return " ".join(stream.getvalue().split())
+
+
 def bars(page) -> list[dict]:
     return [a for a in page.all("div") if a.get("class") == "membar"]
 
@@ -116,11 +122,12 @@ def test_a_plan_of_before_has_none():
 
 def test_text_and_json_tell_it_too():
     plan = tpu_plan(unmodified(), chosen())
-    stream = io.StringIO()
-    render_plan(plan, Console(file=stream, width=120))
-    said = " ".join(stream.getvalue().split())
+    said = printed(plan)
     assert "unmodified fits: 8.00 GiB of 16.0 GiB (50 %); by the compiler for v5e:1, unverified on hardware" in said
     first, second = explain(plan)["memory"]
     assert (first["whose"], first["peak_bytes"], first["verified"]) == ("unmodified", 8 * GIB, False)
     assert second["modules"] == {"blocks.0.mlp": GIB // 2, "head": GIB // 4}
     assert explain(make_plan())["memory"] == []
+    silent = printed(tpu_plan(unmodified(fits=None, peak_bytes=0, parts={}, reason="no compiler")))
+    assert "memory unmodified not known: no compiler" in silent
+    assert "by the compiler" not in silent

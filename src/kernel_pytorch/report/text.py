@@ -221,8 +221,8 @@ def _key_facts(plan: Plan) -> Table:
         paid = "" if calls is None else f", paid back after {calls:,} calls"
         _fill(facts, "compile", figures.seconds(measurement.compile_seconds) + paid)
     for memory in plan.memory:
-        told = f"{memory.whose} {memory_verdict(memory)}; by the compiler for {memory.place}, unverified on hardware"
-        _fill(facts, "memory", told)
+        source = "" if memory.fits is None else f"; by the compiler for {memory.place}, unverified on hardware"
+        _fill(facts, "memory", f"{memory.whose} {memory_verdict(memory)}{source}")
     if plan.search_seconds:
         _fill(facts, "search", figures.seconds(plan.search_seconds))
     return facts
