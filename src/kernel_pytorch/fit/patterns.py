@@ -57,7 +57,6 @@ def search_patterns(
     *,
     memory_bytes: int | None = None,
     max_extra_flops: float = 0.15,
-    cheapest: bool = True,
     name: str = "",
     tell: Tell = lambda _: None,
 ) -> Searched:
@@ -69,7 +68,6 @@ def search_patterns(
         memory_bytes: Take the set with the fewest operations whose peak on one device is at most this. `None`: take
             the smallest peak.
         max_extra_flops: Operations allowed over the unmodified step's, as a fraction, by PyTorch's own count.
-        cheapest: Look for fewer operations where the smallest set reaches `memory_bytes`; a compilation each.
         name: Of the target.
         tell: Called with a line for people.
 
@@ -85,7 +83,7 @@ def search_patterns(
     tell("which patterns apply")
     found: Survey = call_on_device(_survey, build, spread, flops)
     tried = [base]
-    goal = _goal(memory_bytes, max_extra_flops, cheapest=cheapest)
+    goal = _goal(memory_bytes, max_extra_flops)
     if memory_bytes is not None and _reaches(tried[0], memory_bytes):
         return Searched(tried[0], tuple(tried), found, goal)
 
@@ -103,10 +101,9 @@ def search_patterns(
         for option in options:
             reaches(option)
         return Searched(_smallest(tried), tuple(tried), found, goal)
-    _first(options if cheapest else options[-1:], reaches)
+    _first(options, reaches)
     if spread and not any(_reaches(t, memory_bytes) for t in tried):
-        whole = [replace(o, candidate=_whole(o.candidate)) for o in options]
-        _first(whole if cheapest else whole[-1:], reaches)
+        _first([replace(o, candidate=_whole(o.candidate)) for o in options], reaches)
     fitting = [t for t in tried if _reaches(t, memory_bytes)]
     return Searched(min(fitting, key=lambda t: t.extra_flops, default=None), tuple(tried), found, goal)
 
@@ -128,11 +125,10 @@ def _survey(build: Build, partitioned: bool, known: int) -> Survey:  # noqa: FBT
     return survey(build, partitioned=partitioned, known=known)
 
 
-def _goal(memory_bytes: int | None, most: float, *, cheapest: bool) -> str:
+def _goal(memory_bytes: int | None, most: float) -> str:
     if memory_bytes is None:
         return f"the smallest peak at no more than {most:.0%} more operations"
-    wanted = "the fewest operations" if cheapest else "a set"
-    return f"{wanted} with a peak of at most {memory_bytes / 1e9:.2f} GB, and at most {most:.0%} more"
+    return f"the fewest operations with a peak of at most {memory_bytes / 1e9:.2f} GB, and at most {most:.0%} more"
 
 
 def _order(found: Survey, most: float, *, smallest: bool, spread: bool) -> list[Option]:
