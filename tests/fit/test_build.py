@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 
 from kernel_pytorch import Workload
 from kernel_pytorch.core.types import Mode
+from kernel_pytorch.core.workload import Call, as_call
 from kernel_pytorch.errors import InputsError, KptError, TargetError
 from kernel_pytorch.fit.build import Build, batch_size, with_batch_size
 
@@ -32,6 +36,16 @@ def test_every_tensor_of_the_batch_grows_and_no_other() -> None:
     }
     assert grown["ids"][4].equal(batch["ids"][0])
     assert grown["flag"] is True
+
+
+@pytest.mark.parametrize(
+    "make", [lambda x: Call((x,), {"scale": x}), lambda x: UserDict({"x": x, "scale": x})], ids=["Call", "UserDict"]
+)
+def test_a_batch_in_a_container_that_pytree_does_not_know_grows_and_stays_what_it_is(make: Callable[..., Any]) -> None:
+    grown = with_batch_size(make(torch.ones(2, 3)), 5)
+    assert type(grown) is type(make(torch.ones(2, 3)))
+    call = as_call(grown)
+    assert [tuple(t.shape) for t in (*call.args, *call.kwargs.values())] == [(5, 3), (5, 3)]
 
 
 def test_a_batch_of_nothing_is_refused() -> None:

@@ -14,6 +14,7 @@ from kernel_pytorch.backends.tpu.steps import Role, StepGraph, TraceError, trace
 from kernel_pytorch.core.program import begin
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import Mode
+from kernel_pytorch.core.workload import Call
 
 
 class Net(nn.Module):
@@ -241,3 +242,12 @@ def test_operations_of_attention_are_counted_on_the_cpu() -> None:
     # The kernel's backward makes the scores again: five products. The inputs need no gradient of the projection.
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         assert trace_step(training, x, device="cpu").flops == 2 * project + 7 * product
+
+
+@pytest.mark.parametrize("mode", [Mode.INFERENCE, Mode.TRAINING])
+def test_inputs_of_a_call_are_arguments_of_the_step_and_no_constants(mode: Mode) -> None:
+    model = nn.Linear(4, 3).train(mode is Mode.TRAINING)
+    call = Call((torch.ones(5, 4),))
+    given = {"loss": lambda m, batch: m(*batch.args).square().mean(), "optimizer": torch.optim.SGD(model.parameters())}
+    traced = trace_step(begin(model, mode, {}, **(given if mode is Mode.TRAINING else {})), call, device="cpu")
+    assert [a.shape for a in traced.arguments if a.role is Role.BATCH] == [(5, 4)]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Call", "Case", "Workload", "as_call", "as_workload"]
+__all__ = ["Call", "Case", "Workload", "as_call", "as_tree", "as_workload"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +133,18 @@ def as_call(value: Any) -> Call:
         f"example inputs are a {type(value).__name__}; expected a tensor, a tuple of arguments, "
         "a dict of keyword arguments, or (args, kwargs)"
     )
+
+
+def as_tree(batch: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Return example inputs as a tree whose tensors pytree finds, and how such a tree becomes what it was.
+
+    To pytree a `Call`, or a mapping that is no dict (a Hugging Face `BatchEncoding`), is one leaf.
+    """
+    if isinstance(batch, Call):
+        return (batch.args, dict(batch.kwargs)), lambda pair: Call(*pair)
+    if isinstance(batch, Mapping) and not isinstance(batch, dict):
+        return dict(batch), type(batch)
+    return batch, lambda tree: tree
 
 
 def as_workload(value: Any, *, name: str = "", target: str = "") -> Workload:

@@ -14,7 +14,7 @@ from kernel_pytorch.core.program import begin
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.targets import load_target
 from kernel_pytorch.core.types import Candidate, Mode
-from kernel_pytorch.core.workload import Workload, as_call
+from kernel_pytorch.core.workload import Workload, as_call, as_tree
 from kernel_pytorch.errors import InputsError
 
 __all__ = ["Build", "batch_size", "with_batch_size"]
@@ -114,4 +114,5 @@ def with_batch_size(batch: Any, size: int) -> Any:
             return leaf.new_empty((size, *leaf.shape[1:]))
         return leaf[torch.arange(size) % before]
 
-    return pytree.tree_map(resized, batch)
+    tree, close = as_tree(batch)
+    return close(pytree.tree_map(resized, tree))

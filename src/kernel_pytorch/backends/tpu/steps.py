@@ -28,7 +28,7 @@ from kernel_pytorch.backends.tpu.state import Role, State, TraceError, fake
 from kernel_pytorch.core.program import model_loss
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import Mode
-from kernel_pytorch.core.workload import as_call
+from kernel_pytorch.core.workload import as_call, as_tree
 
 __all__ = ["Argument", "Role", "StepGraph", "TraceError", "trace_step"]
 
@@ -102,7 +102,8 @@ def trace_step(program: Program, batch: Any, *, device: str = "tpu") -> StepGrap
     place = torch.device(device)
     with _compiling(), mode, place:
         state = State.of(program, place)
-        leaves, spec = pytree.tree_flatten(batch)
+        tree, close = as_tree(batch)
+        leaves, spec = pytree.tree_flatten(tree)
         inputs = [fake(leaf, place) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         tensors = [i for i, leaf in enumerate(inputs) if isinstance(leaf, torch.Tensor)]
         naming = Naming(program.model)
@@ -113,7 +114,7 @@ def trace_step(program: Program, batch: Any, *, device: str = "tpu") -> StepGrap
             for i, tensor in zip(tensors, fed, strict=True):
                 values[i] = tensor
             with state.replaced_by(held), naming:
-                results = _run(program, pytree.tree_unflatten(values, spec), state, held, naming)
+                results = _run(program, close(pytree.tree_unflatten(values, spec)), state, held, naming)
             return [*held, *results]
 
         arguments = [*state.tensors, *(inputs[i] for i in tensors)]
