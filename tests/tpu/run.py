@@ -97,6 +97,10 @@ def host_tests(python: Path, out: Path, extra: list[str]) -> int:
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
 
 
+def _counted(file: Path) -> dict[str, int]:
+    return {outcome.replace(" ", "_"): count for outcome, count in counts(results_of(file)).items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=sorted(ENVIRONMENTS), help="one runtime")
@@ -135,7 +139,7 @@ def main() -> int:
     text = render(found)
     (arguments.output / "report.md").write_text(text, encoding="utf-8")
     files = {name: arguments.output / f"{name}.xml" for name in ran_for}
-    told = {name: took | counts(results_of(files[name])) for name, took in ran_for.items() if files[name].exists()}
+    told = {name: took | _counted(files[name]) for name, took in ran_for.items() if files[name].exists()}
     (arguments.output / "counts.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     print(text)
     for name, code in codes.items():
