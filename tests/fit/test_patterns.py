@@ -17,6 +17,8 @@ from kernel_pytorch.fit.survey import Option, Survey
 FLOPS = 1000
 PEAKS = {"": 9, "few": 6, "some": 4, "more": 3, "most": 2}
 """By what is recomputed: the more, the smaller."""
+holes: dict[int, int] = {}
+"""What the compiler sets aside beyond a peak, by the peak."""
 
 
 def step(name: str) -> Step:
@@ -41,7 +43,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Candidate]:
         if params.get("shard", {}).get("windows") is False:
             peak -= 3
         flops = FLOPS + 20 * list(PEAKS).index(str(params["recompute"]["keep"]) if params else "")
-        return SimpleNamespace(fits=True, peak_bytes=peak, flops=flops)
+        return SimpleNamespace(fits=True, peak_bytes=peak, assigned_bytes=peak + holes.get(peak, 0), flops=flops)
 
     monkeypatch.setattr(patterns, "fit_tpu", fit)
     monkeypatch.setattr(patterns, "call_on_device", lambda *_: Survey(FLOPS, OPTIONS, (), "Block"))
@@ -66,6 +68,14 @@ def test_the_cheapest_set_that_reaches_the_goal_is_taken(asked: list[Candidate])
     assert kept(search(2)) == "most"
     assert search(9).chosen.candidate == Candidate()  # type: ignore[union-attr]
     assert asked[-1] == Candidate()
+
+
+def test_what_the_compiler_sets_aside_counts_where_it_is_more_than_the_peak(
+    asked: list[Candidate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert kept(search(4)) == "some"
+    monkeypatch.setitem(holes, 4, 1)
+    assert kept(search(4)) == "more"
 
 
 def test_what_no_set_reaches_is_told(asked: list[Candidate]) -> None:

@@ -51,6 +51,8 @@ class Fit:
         fits: Whether it does; `None` where the device's memory is not known.
         message: The compiler's own words where it does not fit.
         peak_bytes: Most memory held at once on one device, arguments included; 0 where the compiler gave up.
+        assigned_bytes: What the compiler sets aside, holes between buffers included: more than the peak where it splits
+            a program over devices. 0 where it is not known.
         needed_bytes: Where the compiler gave up, what it says was needed; else 0.
         capacity_bytes: Of one device; 0 where it is not known.
         parts: Bytes of the peak by what they are: `parameters`, `optimizer`, `buffers`, `batch`, `temporaries`.
@@ -76,6 +78,7 @@ class Fit:
     fits: bool | None = None
     message: str = ""
     peak_bytes: int = 0
+    assigned_bytes: int = 0
     needed_bytes: int = 0
     capacity_bytes: int = 0
     parts: Mapping[str, int] = field(default_factory=dict)

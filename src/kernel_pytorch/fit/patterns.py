@@ -65,8 +65,8 @@ def search_patterns(
     Args:
         build: The unmodified program. On a slice of several chips its batch is the global one.
         topology: The slice.
-        memory_bytes: Take the set with the fewest operations whose peak on one device is at most this. `None`: take
-            the smallest peak.
+        memory_bytes: Take the set with the fewest operations whose peak on one device is at most this, and what the
+            compiler sets aside for it too. `None`: take the smallest peak.
         max_extra_flops: Operations allowed over the unmodified step's, as a fraction, by PyTorch's own count.
         name: Of the target.
         tell: Called with a line for people.
@@ -174,7 +174,9 @@ def _compiled(build: Build, topology: Topology, name: str) -> Tried:
 
 
 def _reaches(tried: Tried, memory_bytes: int) -> bool:
-    return tried.fit is not None and bool(tried.fit.fits) and tried.fit.peak_bytes <= memory_bytes
+    if tried.fit is None or not tried.fit.fits:
+        return False
+    return max(tried.fit.peak_bytes, tried.fit.assigned_bytes) <= memory_bytes
 
 
 def _smallest(tried: list[Tried]) -> Tried | None:

@@ -87,6 +87,7 @@ def outcome(
         fits=compiled.fits,
         message=compiled.message,
         peak_bytes=compiled.peak_bytes,
+        assigned_bytes=compiled.assigned_bytes,
         needed_bytes=_needed(compiled.message),
         capacity_bytes=capacity,
         parts=_parts(lowered, compiled),

@@ -108,6 +108,8 @@ def _cost(fit: Fit) -> Table:
         table.add_row("floating-point operations", figures.count(fit.flops, "FLOP"))
     if fit.bytes_accessed:
         table.add_row("memory accessed", figures.size(fit.bytes_accessed))
+    if fit.assigned_bytes:
+        table.add_row("memory set aside, holes included", figures.size(fit.assigned_bytes))
     for kind, size in fit.collectives.items():
         table.add_row(kind, figures.size(size))
     if (prediction := fit.prediction) is not None:
