@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kernel_pytorch.core.workload import Call
 from kernel_pytorch.precision.convert import convert, restore
 from kernel_pytorch.precision.fallback import fall_back
+from kernel_pytorch.precision.observe import observe
 from kernel_pytorch.precision.site import site_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo and Inductor use what is deprecated
@@ -93,6 +97,25 @@ def test_what_layers_read_is_seen() -> None:
         assert site.kept == kept
     restore(model)
     assert not any("forward" in vars(m) or name.startswith("_float8") for m in model.modules() for name in vars(m))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_what_was_seen_stays(fails) -> None:
+    torch.manual_seed(0)
+    model, seen = Block(), []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = model(x)
+        seen.extend([weakref.ref(x), weakref.ref(y)])
+        if fails:
+            raise ValueError("for a test")
+        return y
+
+    found = observe(run, Call((torch.randn(1, 8, 64, requires_grad=True),)), [model.q, model.out], [model.first])
+    assert isinstance(found, str) == fails
+    gc.collect()
+    assert len(seen) == 2 * (1 + fails)
+    assert [ref() for ref in seen[1::2]] == [None] * (1 + fails)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,11 @@ class _Notes:
     saved: dict[int, torch.Tensor] = field(default_factory=dict)
     kept: set[int] = field(default_factory=set)
 
+    def forget(self) -> None:
+        """Let go of every tensor: a graph keeps what its hooks know, and these notes would keep the graph for ever."""
+        for tensors in (self.inputs, self.results, self.saved):
+            tensors.clear()
+
 
 def observe(
     run: Callable[..., Any], call: Call, layers: Collection[nn.Linear], makers: Collection[nn.Module] = ()
@@ -69,7 +74,9 @@ def observe(
         if not isinstance(notes, str):
             seen = [(m, notes.inputs[id(m)]) for m in layers if notes.inputs[id(m)]]
             rows = {id(m): round(sum(_rows(x) for x in xs) / share) for m, xs in seen}
-            return Seen(_groups(seen), rows, _makers(seen, notes.results), notes.kept)
+            found = Seen(_groups(seen), rows, _makers(seen, notes.results), notes.kept)
+            notes.forget()
+            return found
         why = notes
     return why
 
@@ -124,6 +131,7 @@ def _watched(
         ):  # fmt: skip
             run(*call.args, **call.kwargs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        notes.forget()
         return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
     finally:
         for handle in handles:
