@@ -39,16 +39,31 @@ BF16: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+def with_float8(steps: list[Any], params: dict[str, Any], *after: tuple[str, dict[str, Any]]) -> list[Any]:
+    """Return steps with FP8 in its place: before the loss, which asks what the head runs in."""
+    at = next((i for i, (name, _) in enumerate(steps) if name == "loss_head"), len(steps))
+    return [*steps[:at], ("float8", params), *after, *steps[at:]]
+
+
 def variants(device: kp.DeviceSpec) -> dict[str, list[tuple[str, dict[str, Any]]]]:
     """Return the steps by variant, less those that cannot run on this machine."""
     base = [(name, params) for name, params in BF16 if find(name).probe(device) is None]
     chunked = [(name, {"chunked": True}) if name == "loss_head" else (name, params) for name, params in base]
     found = {"bf16": base, "bf16, loss by chunks": chunked}
-    found |= {f"float8 {name}": [*base, ("float8", {"recipe": name})] for name in RECIPES}
-    found["float8 tensorwise_delayed, loss by chunks"] = [*chunked, ("float8", {"recipe": "tensorwise_delayed"})]
-    head = ("float8", {"recipe": "tensorwise_delayed", "head": True})
-    found["float8 tensorwise_delayed + head"] = [*base, head]
-    found["float8 tensorwise_delayed + head, loss by chunks"] = [*chunked, head]
+    delayed, head = {"recipe": "tensorwise_delayed"}, {"recipe": "tensorwise_delayed", "head": True}
+    found |= {f"float8 {name}": with_float8(base, {"recipe": name}) for name in RECIPES}
+    found["float8 tensorwise_delayed, loss by chunks"] = with_float8(chunked, delayed)
+    found["float8 tensorwise_delayed + head"] = with_float8(base, head)
+    found["float8 tensorwise_delayed + head, loss by chunks"] = with_float8(chunked, head)
+    for how, steps in (("", base), (", loss by chunks", chunked)):
+        every = [steps[0], ("attention", {"backend": "measured"}), *steps[1:]]
+        found[f"all winners, float8 + head{how}"] = with_float8(
+            every, head, ("linear_algorithm", {"choice": "measured"})
+        )
+    found["all winners, float8, loss by chunks"] = with_float8(
+        [chunked[0], ("attention", {"backend": "measured"}), *chunked[1:]], delayed,
+        ("linear_algorithm", {"choice": "measured"}),
+    )  # fmt: skip
     return found
 
 
