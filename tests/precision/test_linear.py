@@ -148,16 +148,34 @@ def casts(monkeypatch) -> list[tuple[tuple[int, ...], str]]:
     return seen
 
 
-def test_the_weight_is_cast_once_an_optimizer_step(monkeypatch) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_weight_is_cast_once_an_optimizer_step(monkeypatch, fused) -> None:
     layer = nn.Linear(32, 16)
     swap_linear(layer, "tensorwise_delayed")
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused)
     seen = casts(monkeypatch)
     for _ in range(2):
         for _ in range(3):
             layer(torch.randn(4, 32, requires_grad=True)).sum().backward()
         optimizer.step()
     assert sum(shape == (16, 32) for shape, _ in seen) == 2
+
+
+def test_evaluation_sees_what_a_fused_optimizer_wrote() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 16)
+    swap_linear(layer, "tensorwise_current")
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.5, fused=True)
+    x = torch.randn(4, 32)
+    with torch.no_grad():
+        layer(x)
+    layer(x).sum().backward()
+    optimizer.step()
+    fresh = nn.Linear(32, 16)
+    fresh.load_state_dict(layer.state_dict())
+    swap_linear(fresh, "tensorwise_current")
+    with torch.no_grad():
+        assert torch.equal(layer(x), fresh(x))
 
 
 def test_a_new_weight_is_seen() -> None:

@@ -120,7 +120,8 @@ def _watched(
         notes.results.append((module, result))
 
     def saves(tensor: torch.Tensor) -> torch.Tensor:
-        notes.saved[tensor.untyped_storage().data_ptr()] = tensor
+        # Detached: an operator that keeps its own result would be kept by it, by a circle that nobody collects.
+        notes.saved[tensor.untyped_storage().data_ptr()] = tensor = tensor.detach()
         return tensor
 
     handles = [m.register_forward_pre_hook(reads) for m in layers] + [m.register_forward_hook(made) for m in makers]

@@ -22,6 +22,7 @@ import torch
 from torch import distributed, nn
 from torch.utils import _pytree as pytree
 
+from kernel_pytorch.core.versions import count_fused_updates
 from kernel_pytorch.errors import InputsError, ModelError
 from kernel_pytorch.ops.float8_cast.reference import quantise, scale_reference
 from kernel_pytorch.precision.gathered import GatheredWeight
@@ -189,6 +190,7 @@ def follow_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
         for amax, (shared, members) in zip(most, groups.values(), strict=True):
             shared["scale"] = scale_reference(amax, members[0][1].kind, power_of_2=shared["power_of_2"])
             # Of the parameters that FSDP registered: what an optimizer changes through them gives no shard a version.
+            count_fused_updates()
             shared["versions"] = {id(module): module.weight._version for module, _ in members}  # noqa: SLF001
 
     find()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from kernel_pytorch.core.versions import count_fused_updates
 from kernel_pytorch.errors import ModelError
 from kernel_pytorch.ops.float8_cast import Float8Matrix, float8_cast, fresh_state
 from kernel_pytorch.ops.float8_cast.counting import count_op
@@ -176,6 +177,7 @@ def _role() -> Any:
 
 
 def _versions(weights: list[torch.Tensor]) -> Any:
+    count_fused_updates()
     return tuple((w.data_ptr(), w._version, w.dtype, w.device) for w in weights)  # noqa: SLF001
 
 

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Numerics, Prediction, Skip, Step, WorkloadSpec
+from kernel_pytorch.core.versions import count_fused_updates
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.transforms.dtype import Dtype, autocast, cast, cast_parameters, main_dtype
 from kernel_pytorch.transforms.plain_source import plain_source
@@ -211,6 +212,7 @@ class PrecisionPolicy:
             program.call = Scoped(program.call, partial(in_bfloat16, shadows(model, back), []))
             return program
         optimizer = program.optimizer
+        count_fused_updates()
         changed = shrink(model, optimizer, back)
         hook = wide_checkpoint(model, back)
 
