@@ -163,7 +163,9 @@ def test_gated_activations_are_the_definition(shape, activation, delayed) -> Non
             # The two compute sigmoid and error function otherwise in the last bits, and what lies in the middle may
             # fall apart: to the next number, and seldom.
             apart = (places(a) - places(b)).abs()
-            assert a.numel() == 0 or (int(apart.max()) <= 1 and apart.double().mean() < 2e-3)
+            # About zero two forms of the error function part by more than a number of FP8.
+            near = (a.float() - b.float()).abs() <= 1e-6 * torch.finfo(a.dtype).max
+            assert a.numel() == 0 or (bool(((apart <= 1) | near).all()) and apart.double().mean() < 2e-3)
         for a, b in zip(mine, theirs, strict=True):
             assert a is None or torch.allclose(a, b, rtol=1e-4)
 
@@ -289,7 +291,7 @@ def test_compiled_after_a_norm_as_eager() -> None:
         other.zero_grad()
         y.backward(dy)
         z.backward(dy)
-        assert error(z, y) < 0.02  # eager rounds the norm before the cast
+        assert error(z, y) < 0.05  # eager rounds the norm before the cast, which sends some values to the next number
         for a, b in ((twin, x), *zip(other.parameters(), model.parameters(), strict=True)):
             assert error(a.grad, b.grad) < 0.05
 

@@ -54,9 +54,9 @@ def net() -> Net:
     return Net()
 
 
-def shipped(step: Step, *, trained: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+def shipped(step: Step, *, trained: int = 0, fused: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = net()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
     train(model, optimizer, trained)
     program = begin(model, Mode.TRAINING, {"main": Call((IDS,))}, optimizer=optimizer, loss=loss)
     return ship(PrecisionPolicy().apply(program, step), model), optimizer
@@ -151,15 +151,16 @@ def test_pure_training_resumes_from_its_checkpoint() -> None:
     assert plain.hidden.weight.dtype is torch.float32
 
 
-def test_undo_gives_the_values_back_bit_by_bit_or_trained() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_undo_gives_the_values_back_bit_by_bit_or_trained(fused) -> None:
     for step in (PURE, MASTERS, AUTOCAST):
-        model, optimizer = shipped(step)
+        model, optimizer = shipped(step, fused=fused)
         restore(model)
         assert all(
             torch.equal(a, b) for a, b in zip(model.state_dict().values(), net().state_dict().values(), strict=True)
         )
         assert not model._state_dict_hooks
-        model, optimizer = shipped(step)
+        model, optimizer = shipped(step, fused=fused)
         train(model, optimizer, 2)
         loss(model, IDS).backward()
         values = {k: v.clone() for k, v in model.state_dict().items()}

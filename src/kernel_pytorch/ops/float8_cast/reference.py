@@ -20,7 +20,8 @@ def scale_reference(amax: torch.Tensor, dtype: torch.dtype, *, power_of_2: bool 
         power_of_2: Round it down to a power of two, so that scaling is exact.
     """
     limit = torch.finfo(dtype).max
-    scale = (limit / torch.where(amax > 0, amax, limit)).clamp_max(_LARGEST_SCALE)
+    # A number over a tensor is the tensor's reciprocal times the number in PyTorch: rounded twice.
+    scale = torch.full_like(amax, limit).div(torch.where(amax > 0, amax, limit)).clamp_max(_LARGEST_SCALE)
     if power_of_2:
         scale = torch.where(scale.isfinite(), torch.exp2(torch.floor(torch.log2(scale))), scale)
     return scale

@@ -35,7 +35,7 @@ from kernel_pytorch.ops.gated_mlp.gated_mlp_kernel import gelu_tanh_argument
 __all__ = ["COMPILE_CASES", "backward", "forward"]
 
 _FORWARD = Tile(8, 1024, 8)
-_BACKWARD = Tile(128, 128, 8)
+_BACKWARD = Tile(64, 128, 8)
 _PREPARE_BLOCK, _PREPARE_WARPS, _PROGRAMS_EACH = 4096, 8, 4
 
 
