@@ -2,7 +2,8 @@
 
 PyTorch's fused optimizers write parameters and leave their `_version` as it was (seen in 2.9 to 2.13, on CPU and GPU),
 where every other in-place write counts it up. Whoever keeps something that was made of a parameter, as a weight in
-FP8, then takes a trained parameter for the one it was. Once asked for, every step of such an optimizer counts.
+FP8, then takes a trained parameter for the one it was. Once asked for, every step of such an optimizer counts: when it
+begins, so that hooks of the optimizer itself, which run at its end, find the version that stays.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 __all__ = ["count_fused_updates"]
 
@@ -20,7 +21,7 @@ _counting: list[Any] = []
 def count_fused_updates() -> None:
     """Let steps of fused optimizers count up the versions of their parameters, in this process from now on."""
     if not _counting:
-        _counting.append(register_optimizer_step_post_hook(_count))
+        _counting.append(register_optimizer_step_pre_hook(_count))
 
 
 def _count(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
