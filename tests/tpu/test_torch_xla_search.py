@@ -54,6 +54,5 @@ def test_a_search_judges_and_times_its_candidates(tmp_path, name, mode, only):
     for trial in tried:
         assert trial["isolation"] == "process"
         assert trial["numerics"]["checks"] if trial["status"] == "ok" else trial["reason"]
-    if mode == "inference":
-        # In training, torch_xla 2.9 was seen to say that a compiled step's buffer is deleted: a failed trial.
-        assert any(t["status"] == "ok" for t in tried), [(t["status"], t["reason"]) for t in tried]
+    compiled = [t for t in tried if any(step["transform"] == "compile" for step in t["candidate"]["steps"])]
+    assert all(t["status"] == "ok" for t in compiled), [(t["status"], t["reason"]) for t in compiled]

@@ -212,6 +212,7 @@ def test_compile_names_the_backend_of_the_runtime_and_nothing_of_inductors():
     source = Compile().source(Step("compile", {"backend": "tpu"}))
     assert "call = torch.compile(call, backend='tpu', dynamic=False)" in source
     assert "call = contiguous_inputs(call)" in source
+    assert "torch_xla" not in source, "what PyTorch/XLA needs stays with it"
 
 
 def test_a_backend_for_another_device_is_refused():

@@ -29,6 +29,9 @@ from kernel_pytorch.transforms.xla_compile import (
     buckets_of,
     check_backend,
     contiguous_inputs,
+    settled,
+    settled_by,
+    settled_source,
 )
 
 __all__ = ["Compile", "compiled", "entry_point", "needs_compiler"]
@@ -125,7 +128,7 @@ def compiled(program: Program, inner: Callable[..., Any], step: Step) -> Callabl
     if _uses_cuda_graphs(step, program.model):
         optimized = own_outputs(optimized)
     if step.params.get("backend"):
-        optimized = contiguous_inputs(optimized)
+        optimized = settled_by(step.params["backend"], contiguous_inputs(optimized))
     return Watched(optimized, program.notes, program.model)
 
 
@@ -154,7 +157,7 @@ def loss_compiled(program: Program, call: Callable[..., Any], step: Step) -> Cal
     def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
         stand_in = _Inside(program.model, inner)
         one = torch.compile(entry_point(lambda batch: loss(stand_in, batch)), **_arguments(step))
-        return Watched(one, program.notes, program.model)
+        return Watched(settled_by(step.params.get("backend"), one), program.notes, program.model)
 
     whole = inside_settings(call, wrap)
 
@@ -253,21 +256,25 @@ class Compile:
         """One call of `torch.compile`, with what freezing and CUDA graphs need around it."""
         inner = ", ".join(f"{k}={v!r}" for k, v in _arguments(step).items())
         functions: list[Callable[..., Any]] = []
+        backend = step.params.get("backend")
         then = f"call = torch.compile(call, {inner})"
         if step.params.get("scope") == "loss":
+            fused = f"torch.compile(lambda batch: loss(plain, batch), {inner})"
             then = (
                 "# For a loop that needs the loss alone: fused = fused_loss(loss), then fused(batch), where `loss`\n"
                 "# is loss(model, batch) and gets the model's call.\nplain = call\n\n"
-                f"def fused_loss(loss):\n    return torch.compile(lambda batch: loss(plain, batch), {inner})\n\n" + then
+                f"def fused_loss(loss):\n    return {settled_source(backend, fused)}\n\n" + then
             )
         if step.params.get("freezing", False):
             functions, then = [frozen], f"call = frozen(call, {inner})"
         if step.params.get("mode") in _CUDA_GRAPHS:
             functions += [map_tensors, own_outputs]
             then += "\nif next(model.parameters()).is_cuda:\n    call = own_outputs(call)"
-        if step.params.get("backend"):
+        if backend:
             functions += [map_tensors, contiguous_inputs]
-            then += "\ncall = contiguous_inputs(call)"
+            then += f"\ncall = {settled_source(backend, 'contiguous_inputs(call)')}"
+        if backend == "openxla":
+            functions.append(settled)
         if step.params.get("buckets"):
             then += "\n" + Bucketing().source(Step("bucketing", {"dims": step.params["buckets"]}))
         return plain_source(*functions, then=then)

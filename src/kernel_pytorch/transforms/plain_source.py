@@ -16,6 +16,7 @@ __all__ = ["plain_source"]
 _IMPORTS = {
     "contextmanager": "from contextlib import contextmanager",
     "torch": "import torch",
+    "torch_xla": "import torch_xla",
     "nn": "from torch import nn",
     "pytree": "from torch.utils import _pytree as pytree",
 }
@@ -42,8 +43,8 @@ class _Plain(ast.NodeTransformer):
 def plain_source(*functions: Callable[..., Any], then: str = "") -> str:
     """Return the definitions of `functions` one after the other, then the statements `then`.
 
-    The functions must need nothing from their modules but each other, `torch`, `nn`, `torch.utils._pytree`
-    as `pytree`, and `contextlib.contextmanager`, which the text imports.
+    The functions must need nothing from their modules but each other, `torch`, `torch_xla`, `nn`,
+    `torch.utils._pytree` as `pytree`, and `contextlib.contextmanager`, which the text imports.
     """
     parts = []
     for function in functions:

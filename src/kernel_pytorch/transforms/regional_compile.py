@@ -17,7 +17,7 @@ from kernel_pytorch.transforms.compile import Compile, entry_point, needs_compil
 from kernel_pytorch.transforms.graph_report import Watched
 from kernel_pytorch.transforms.plain_source import plain_source
 from kernel_pytorch.transforms.traceable import refuse_untraceable
-from kernel_pytorch.transforms.xla_compile import backend_of, contiguous_inputs
+from kernel_pytorch.transforms.xla_compile import backend_of, contiguous_inputs, settled, settled_by, settled_source
 
 __all__ = ["RegionalCompile"]
 
@@ -69,7 +69,8 @@ class RegionalCompile:
             before = block._compiled_call_impl  # noqa: SLF001
             program.undo.append(lambda block=block, before=before: _set_call(block, before))  # type: ignore[misc]
             bound = _bound(call, block)
-            bound = contiguous_inputs(bound) if step.params.get("backend") else bound
+            if backend := step.params.get("backend"):
+                bound = settled_by(backend, contiguous_inputs(bound))
             _set_call(block, Watched(bound, program.notes, block))
         program.dynamic = False
         return program
@@ -78,7 +79,11 @@ class RegionalCompile:
         """A loop over the blocks."""
         inner = ", ".join(f"{k}={v!r}" for k, v in _arguments(step).items())
         then = f"for block in blocks_of(model, {step.params['block']!r}):\n    block.compile({inner})"
-        return plain_source(blocks_of, then=then)
+        compiled = "block._compiled_call_impl"
+        around = settled_source(step.params.get("backend"), compiled)
+        if around == compiled:
+            return plain_source(blocks_of, then=then)
+        return plain_source(blocks_of, settled, then=f"{then}\n    {compiled} = {around}")
 
 
 _BLOCKS_OF_TORCH = {"TransformerEncoderLayer", "TransformerDecoderLayer"}

@@ -9,17 +9,29 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from kernel_pytorch.backends.tpu import torch_xla
 from kernel_pytorch.core.protocols import Program
 from kernel_pytorch.core.types import DeviceSpec, Mode, Step, WorkloadSpec
 from kernel_pytorch.errors import CandidateError
 from kernel_pytorch.transforms.bucketing import round_up
 from kernel_pytorch.transforms.trees import map_tensors
 
-__all__ = ["RECOMPILE_LIMIT", "around", "backend_of", "buckets_of", "check_backend", "contiguous_inputs"]
+__all__ = [
+    "RECOMPILE_LIMIT",
+    "around",
+    "backend_of",
+    "buckets_of",
+    "check_backend",
+    "contiguous_inputs",
+    "settled",
+    "settled_by",
+    "settled_source",
+]
 
 RECOMPILE_LIMIT = 8
 """Shapes that Dynamo specialises one function on before it runs the next uncompiled."""
-_BACKENDS = {"tpu": "tpu", "xla": "openxla"}
+_LAZY = "openxla"
+_BACKENDS = {"tpu": "tpu", "xla": _LAZY}
 """What compiles for a device that Inductor does not, by the type that torch calls it: TorchTPU and PyTorch/XLA."""
 
 
@@ -38,6 +50,32 @@ def contiguous_inputs(inner: Callable[..., Any]) -> Callable[..., Any]:
         return inner(*args, **kwargs)
 
     return run
+
+
+def settled(inner: Callable[..., Any], run_recorded: Callable[[], None]) -> Callable[..., Any]:
+    """Return `inner`, called once all that is recorded has run.
+
+    torch_xla 2.9 runs before a compiled call what is recorded for the inputs of that call, and gives their old buffers
+    away as if nothing else read them: a clone of a parameter and an optimizer's momentum do.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        run_recorded()
+        return inner(*args, **kwargs)
+
+    return run
+
+
+def settled_by(backend: object, inner: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `inner`, compiled with `backend`, with what that backend needs before each call: see `settled`."""
+    return settled(inner, torch_xla.run_recorded) if backend == _LAZY else inner
+
+
+def settled_source(backend: object, compiled: str) -> str:
+    """Return an expression of plain source with what `settled_by` puts around it."""
+    if backend != _LAZY:
+        return compiled
+    return f"settled({compiled}, lambda: torch_xla.sync(reset_scope=False))"
 
 
 def around(workload: WorkloadSpec) -> list[dict[str, Any]]:

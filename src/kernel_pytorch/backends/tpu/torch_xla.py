@@ -22,7 +22,7 @@ from kernel_pytorch.errors import KptError
 if TYPE_CHECKING:
     from kernel_pytorch.hardware.tpu.installed import Installed
 
-__all__ = ["TorchXla", "load_torch_xla", "optimization_barrier"]
+__all__ = ["TorchXla", "load_torch_xla", "optimization_barrier", "run_recorded"]
 
 
 class TorchXla:
@@ -116,6 +116,14 @@ def optimization_barrier(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     held = [tensor.detach().clone() for tensor in tensors]
     importlib.import_module("torch_xla.core.xla_model").optimization_barrier_(held)
     return held
+
+
+def run_recorded() -> None:
+    """Compile and run what has been recorded for tensors that are alive, without waiting for it.
+
+    The device's random numbers go on from another state, which follows from the seed alone.
+    """
+    importlib.import_module("torch_xla").sync(reset_scope=False)
 
 
 def load_torch_xla(found: Installed) -> TorchXla:
