@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -130,6 +132,7 @@ def test_the_transform_swaps_plain_16_bit_layers_and_gives_them_back() -> None:
         assert program.notes == ["measured products: 2 x nn.Linear"]
         ship(program, None)
         assert torch.equal(model(x), want)
+        assert torch.equal(pickle.loads(pickle.dumps(model[0]))(x), model[0](x))
         assert torch.equal(torch.compile(program.call, backend="eager", fullgraph=True)(x), want)
     restore(model)
     assert not any("forward" in vars(m) for m in model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -156,6 +157,14 @@ def test_compiled_code_keeps_nothing_in_float8_and_no_norm() -> None:
     # result, gates with ups.
     wide = sum(t.untyped_storage().nbytes() for t in held if t.untyped_storage().nbytes() >= 48 * 16 * 4)
     assert wide == 48 * 4 * (64 + 64 + 96 + 16 + 16 + 64 + 192)
+
+
+def test_a_converted_model_is_pickled() -> None:
+    model = made()
+    other = pickle.loads(pickle.dumps(model))
+    x = torch.randn(2, 24, 64)
+    assert torch.equal(other.first(x), model.first(x))
+    assert vars(other.first)["_float8_norm"] is not vars(model.first)["_float8_norm"]
 
 
 def test_a_norm_is_left_alone_once_its_layers_fell_back() -> None:

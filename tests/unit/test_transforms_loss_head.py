@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 
 import pytest
 import torch
@@ -151,6 +152,9 @@ def test_chunked_keeps_what_an_earlier_step_made_of_the_head_and_leaves_scales_b
     LossHead().apply(program, Step("loss_head", {"chunked": True}))
     x = torch.randn(2, 3, 16)
     assert torch.equal(net.lm_head(x), before(x))
+    fresh = model()
+    LossHead().apply(begin(fresh, Mode.TRAINING, {"main": Call((), batch())}), Step("loss_head", {"chunked": True}))
+    assert torch.equal(pickle.loads(pickle.dumps(fresh.lm_head))(x), fresh.lm_head(x))
     for undo in reversed(program.undo):
         undo()
     assert net.lm_head.forward is before

@@ -1,9 +1,9 @@
 """Versions of parameters whose updates PyTorch does not count.
 
-PyTorch's fused optimizers write parameters and leave their `_version` as it was (seen in 2.9 to 2.13, on CPU and GPU),
-where every other in-place write counts it up. Whoever keeps something that was made of a parameter, as a weight in
-FP8, then takes a trained parameter for the one it was. Once asked for, every step of such an optimizer counts: when it
-begins, so that hooks of the optimizer itself, which run at its end, find the version that stays.
+PyTorch's fused optimizers write parameters and leave their `_version` as it was (seen in 2.9 and 2.13 on a CPU, in 2.11
+on a GPU), where every other in-place write counts it up. Whoever keeps something that was made of a parameter, as a
+weight in FP8, then takes a trained parameter for the one it was. Once asked for, each step of such an optimizer counts:
+when it begins, so that hooks of the optimizer itself, which run at its end, find the version that stays.
 """
 
 from __future__ import annotations

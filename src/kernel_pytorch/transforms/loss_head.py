@@ -217,7 +217,7 @@ def _note_head(model: nn.Module, loss: _Loss) -> str:
     if reason:
         return f"the layer that makes the logits runs in FP8, and its loss would not: {reason}"
     setattr(head, _MADE, _Made(vars(head).get("forward")))
-    head.forward = types.MethodType(_noting, head)  # type: ignore[method-assign]
+    head.forward = types.MethodType(forward, head)  # type: ignore[method-assign]
     loss.head = head
     return ""
 
@@ -236,7 +236,8 @@ def _forget_head(loss: _Loss) -> None:
         loss.head = None
 
 
-def _noting(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+def forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    """Make the logits, and note of what. Named as what it replaces: unpickling then finds the class's own."""
     made: _Made = getattr(self, _MADE)
     logits = functional.linear(input, self.weight, self.bias) if made.own is None else made.own(input)
     if torch.compiler.is_compiling():

@@ -104,7 +104,8 @@ Args of the operator:
     row: Whether the row-major copy is wanted.
     transposed: Whether the transposed copy is wanted.
     role: `forward` or `backward`: first the amax of the casts before sets the scale, then the amax of `xs` is noted.
-        A `forward` that a checkpoint recomputes uses the scale as it is. `read` leaves the state alone.
+        A `forward` that a checkpoint recomputes uses the scale as it is; so does `note`, for parts after the first
+        one of what is cast in parts. `read` leaves the state alone.
     power_of_2: Round scales down to powers of two.
     axis: 0 puts the matrices below each other (16 divides the rows of each but the last), 1 side by side.
     row_factor: Float32 `[rows]`, with `column_factor`: the one matrix is multiplied by both before it is cast, in

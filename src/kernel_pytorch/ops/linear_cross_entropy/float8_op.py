@@ -26,7 +26,7 @@ from kernel_pytorch._triton.launch import INTERPRETED
 from kernel_pytorch.ops.float8_cast.api import Float8Matrix
 from kernel_pytorch.ops.float8_cast.counting import count_op
 from kernel_pytorch.ops.float8_cast.layout import ALIGNED, padded
-from kernel_pytorch.ops.float8_cast.op import moves_scale
+from kernel_pytorch.ops.float8_cast.op import float8_cast_op
 from kernel_pytorch.ops.float8_matmul.op import float8_matmul_op
 from kernel_pytorch.ops.linear_cross_entropy.op import ROUNDED_SUMS, chunk_rows, hand_over
 
@@ -111,7 +111,6 @@ def _chunks(
     if needs[1] and (not rows or -(-rows // chunk) > ROUNDED_SUMS):
         d_w = torch.zeros(w.shape, dtype=torch.float32, device=x.device)
     d_bias = torch.zeros(columns if needs[2] else 0, dtype=torch.float32, device=x.device)
-    moves = moves_scale("forward")
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         logits = float8_matmul_op(x[part], w, x_inverse, w_inverse, bias, to, fast[0], measured)
@@ -120,9 +119,8 @@ def _chunks(
             d_bias += logits.sum(0, dtype=torch.float32)
         if not (needs[0] or needs[1]):
             continue
-        row, turned, inverse = _cast(
-            logits, state, kind, row=needs[0], transposed=needs[1], roll=moves and start == 0, power_of_2=power_of_2
-        )
+        role = "forward" if start == 0 else "note"
+        row, turned, inverse = float8_cast_op([logits], state, kind, needs[0], needs[1], role, power_of_2)
         if counters is not None:
             inverse = count_op([logits], inverse, kind, counters)
         del logits
@@ -162,27 +160,6 @@ def _turn_into_slopes(
     kernel.launch(
         logits, labels, losses, lse, None if scale is None else logits, scale=scale, ignore_index=ignore_index
     )
-
-
-def _cast(
-    slopes: torch.Tensor,
-    state: torch.Tensor | None,
-    kind: torch.dtype,
-    *,
-    row: bool,
-    transposed: bool,
-    roll: bool,
-    power_of_2: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cast as `float8_cast_op`, whose roles have no name for noting a magnitude without moving the scale."""
-    options: dict[str, Any] = {"row": row, "transposed": transposed, "roll": roll, "power_of_2": power_of_2}
-    if slopes.is_cuda or INTERPRETED:
-        from kernel_pytorch.ops.float8_cast import float8_cast_kernel as kernel
-
-        return kernel.cast([slopes], state, kind, update=True, **options)
-    from kernel_pytorch.ops.float8_cast.reference import cast_reference
-
-    return cast_reference([slopes], state, kind, update=True, **options)
 
 
 for _device in ("cuda", "cpu"):
