@@ -6,10 +6,13 @@ import copy
 import gc
 import pickle
 import weakref
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 
 from kernel_pytorch.core.workload import Call
@@ -180,34 +183,25 @@ def test_a_norm_is_left_alone_once_its_layers_fell_back() -> None:
     assert all(vars(norm)["_float8_norm"].made is None for norm in (model.first, model.second))
 
 
-def test_the_backward_makes_copies_one_layer_after_the_other(monkeypatch) -> None:
-    """What waits for nothing of a backward would be put at its beginning, the copies of all layers at once."""
-    from kernel_pytorch.ops.float8_cast import reference as casts
-    from kernel_pytorch.ops.float8_matmul import reference as products
+def test_copies_of_the_backward_wait_for_its_gradients() -> None:
+    """A compiler may put what waits for nothing of a backward at its beginning, the copies of all layers at once."""
+    graphs: list[torch.fx.GraphModule] = []
 
-    calls: list[str] = []
-
-    def noted(module, name: str, what: str) -> None:
-        own = getattr(module, name)
-
-        def call(*args, **kwargs):
-            calls.append("turned" if kwargs.get("row") is False else what)
-            return own(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, call)
+    def noted(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph)
 
     torch.manual_seed(0)
     model = convert(nn.Sequential(Block(), Block()), "tensorwise_delayed", example_inputs=(torch.randn(2, 24, 64),))
-    run = torch.compile(model, fullgraph=True)
-    x = torch.randn(4, 256, 64, requires_grad=True)  # copies that are larger than the gradients of weights
-    run(x).sum().backward()
-    y = run(x)
-    noted(casts, "cast_reference", "cast")
-    noted(products, "product_reference", "product")
-    y.sum().backward()
-    assert calls.count("turned") == 2 * (4 + 3)  # of a block four weights and three inputs
-    held = made = 0
-    for call in calls:
-        made = {"turned": made + 1, "product": max(0, made - 1)}.get(call, made)
-        held = max(held, made)
-    assert held <= 2, " ".join(calls)
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=noted)
+    torch.compile(model, fullgraph=True, backend=backend)(torch.randn(2, 24, 64, requires_grad=True)).sum().backward()
+    (graph,) = graphs
+    casts = [n for n in graph.graph.nodes if "float8_cast" in str(n.target)]
+    turned = [n for n in casts if n.args[3:6] == (False, True, "read")]
+    assert len(turned) == 2 * (4 + 3)  # of a block four weights and three inputs
+    late = {n for n in graph.graph.nodes if n.op == "placeholder" and "tangents" in n.name}
+    assert late
+    for node in graph.graph.nodes:
+        if any(used in late for used in node.all_input_nodes):
+            late.add(node)
+    assert all(n in late for n in turned)
