@@ -114,8 +114,11 @@ def test_scales_move_once_a_step_and_know_all_chunks(chunk: int | None) -> None:
         trained(whole, of_layer, steps, factor=1.0)  # slopes are noted before what comes from outside
         trained(parts, by_chunks, steps, factor=1.0, chunk=chunk)
         for operand, state in place(whole).states.items():
-            assert torch.allclose(place(parts).states[operand], state, rtol=1e-6), operand
-        assert int(place(parts).states["gradient"][0]) == {1: 0, 3: 3}[steps]
+            if operand != "gradient":
+                assert torch.allclose(place(parts).states[operand], state, rtol=1e-6), operand
+        assert int(place(parts).states["input"][0]) == {1: 0, 3: 3}[steps]
+        # Of slopes the largest is known before: nothing is noted.
+        assert not place(parts).states["gradient"].any()
     before = {k: v.clone() for k, v in place(parts).states.items()}
     with torch.no_grad():
         x, labels = batch(5)
@@ -188,8 +191,8 @@ def test_compiled_it_is_the_same(recipe: str) -> None:
     for mine, theirs in zip(got, want, strict=True):
         assert error(mine, theirs) < 1e-6
     if recipe == "tensorwise_delayed":
-        for operand in ("input", "gradient"):  # of a weight that stays the same eager code keeps the cast
-            assert torch.allclose(place(layer).states[operand], place(eager).states[operand], rtol=1e-6), operand
+        # Of a weight that stays the same eager code keeps the cast.
+        assert torch.allclose(place(layer).states["input"], place(eager).states["input"], rtol=1e-6)
 
 
 def test_autocast_makes_logits_of_its_own_dtype() -> None:

@@ -223,7 +223,8 @@ def test_a_head_in_fp8_has_its_loss_by_chunks_and_no_logits(monkeypatch: pytest.
     for shape in (*made, *kept):
         assert shape.numel() < ROWS * WORDS or WORDS not in shape, shape
     for operand, state in site_of(net.lm_head).states.items():
-        assert torch.allclose(state, site_of(whole.lm_head).states[operand], rtol=1e-4), operand
+        known = operand != "gradient"  # of slopes the largest is known before
+        assert torch.allclose(state, known * site_of(whole.lm_head).states[operand], rtol=1e-4), operand
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")

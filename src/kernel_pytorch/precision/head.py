@@ -45,9 +45,10 @@ def float8_head_loss(
 ) -> torch.Tensor:
     """Return the cross-entropy of what a layer in FP8 makes of rows, with gradients by its recipe.
 
-    Casts, products and states are those of the layer (`float8_linears`) with the loss after it: a step moves each scale
-    once, a monitor counts the same elements. The gradient of logits is cast before what comes from outside (a number
-    that a loss is scaled by) is multiplied in. With a scale by its own largest magnitude each chunk has its own.
+    Casts and products are those of the layer (`float8_linears`) with the loss after it: a step moves the scales of
+    input and weight once, a monitor counts the same elements. The gradient of logits is cast before what comes from
+    outside (a number that a loss is scaled by) is multiplied in, with a scale by what bounds it: its history is not
+    looked at.
 
     Args:
         hidden: `[T, H]`.
@@ -71,9 +72,7 @@ def float8_head_loss(
     x8 = site.counted([hidden], x8, "input")
     w8 = site.weight([layer.weight], transposed=learning and hidden.requires_grad)
     fast = (recipe.forward.fast, recipe.input_gradient.fast, recipe.weight_gradient.fast)
-    cast = GradientCast(
-        recipe.dtype("gradient"), site.states.get("gradient"), recipe.power_of_2, site.counters.get("gradient")
-    )
+    cast = GradientCast(recipe.dtype("gradient"), recipe.power_of_2, site.counters.get("gradient"))
     products = Products(result_dtype(hidden), fast, site.measured)
     return float8_linear_cross_entropy_apply(
         hidden, layer.weight, layer.bias, labels.to(torch.int64).contiguous(), x8, w8, cast, products,

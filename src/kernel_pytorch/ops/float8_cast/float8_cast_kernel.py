@@ -40,6 +40,7 @@ __all__ = [
     "note_amax",
     "roll_state",
     "saturated",
+    "scale_for",
     "speaks_ptx",
     "tell_fresh",
 ]

@@ -2,18 +2,17 @@
 # ruff: noqa: PLR0917, FBT001
 """Cross-entropy of a linear layer in FP8, chunk by chunk, as an operator of PyTorch with its gradients.
 
-Input and weight come in FP8, row-major and transposed. Of each chunk of rows: a product makes its logits, the kernel of
-`linear_cross_entropy` turns them into losses and in place into slopes, one pass casts those to FP8 both ways, and two
-products make the chunk's gradient of the input and its share of the weight's. All that is a layer in FP8 and its loss
-compute, in the same order; what differs is that no matrix is of all rows by all words.
+Input and weight come in FP8, row-major and transposed. Of each chunk of rows: a product makes its logits, a kernel
+reads them for the losses, another writes their slopes in FP8 both ways, and a product makes the chunk's gradient of the
+input. Of every four chunks one product makes their share of the weight's gradient. All that is a layer in FP8 and its
+loss compute; what differs is that no matrix in 16 bits is of all rows by all words, that the gradient of logits is in
+FP8 from the start, and that its scale is by what bounds it (`float8_slopes_kernel`), not by what it was or is.
 
-Bytes, of `R` rows, `V` words, width `H` and chunks of `C` rows in 16 bits: `2 C V` of logits, `2 C V` of the slopes'
-copies in FP8 and `2 V H` of the weight's gradient live together, and then, with the logits and one copy gone, `C V` and
-twice `2 V H`. With 16384, 128256, 4096 and 4096 that is 3.2 GB; without chunks the gradient of all logits (4.2) lives
-with the logits (4.2) and then with its two copies (4.2). Keeping the transposed copies of all chunks for one product in
-the end (`R V`, 2.1 GB) would save the passes that add shares up, `6 V H` a chunk after the first (9.5 GB, 2.3 ms by the
-bandwidth that an H200 copies at), and hold 1 GB more: memory comes first here. From the ninth chunk on shares are added
-up in float32, as in `linear_cross_entropy`.
+Bytes, of `V` words, width `H` and chunks of `C` rows in 16 bits: `2 C V` of logits, `C V` of the slopes' row-major copy
+and `4 C V` of the transposed one live together, and then `4 C V` and `2 V H` of the weight's gradient. With 128256,
+4096 and 4096 that is 3.7 GB, and without chunks the logits of 16384 rows (4.2) live with their gradient (4.2). A
+product for each chunk would hold 0.5 GB less, and took 3.5 ms longer on an H200, with 2.2 ms for adding up the shares.
+From the ninth share on they are added up in float32, as in `linear_cross_entropy`.
 """
 
 from __future__ import annotations
@@ -24,13 +23,15 @@ import torch
 
 from kernel_pytorch._triton.launch import INTERPRETED
 from kernel_pytorch.ops.float8_cast.api import Float8Matrix
-from kernel_pytorch.ops.float8_cast.counting import count_op
+from kernel_pytorch.ops.float8_cast.counting import count_op, counting
 from kernel_pytorch.ops.float8_cast.layout import ALIGNED, padded
-from kernel_pytorch.ops.float8_cast.op import float8_cast_op
 from kernel_pytorch.ops.float8_matmul.op import float8_matmul_op
 from kernel_pytorch.ops.linear_cross_entropy.op import ROUNDED_SUMS, chunk_rows, hand_over
 
 __all__ = ["GradientCast", "Products", "float8_chunk_rows", "float8_linear_cross_entropy_apply"]
+
+_TOGETHER = 4
+"""Chunks whose transposed slopes are kept for one product."""
 
 
 class GradientCast(NamedTuple):
@@ -38,14 +39,11 @@ class GradientCast(NamedTuple):
 
     Attributes:
         dtype: The format.
-        state: Of the delayed scale, written: it moves at the first chunk, and takes note of all. `None`: each chunk
-            has a scale by its own largest magnitude.
-        power_of_2: Round scales down to powers of two.
+        power_of_2: Round the scale down to a power of two.
         counters: Of a monitor, written.
     """
 
     dtype: torch.dtype
-    state: torch.Tensor | None = None
     power_of_2: bool = False
     counters: torch.Tensor | None = None
 
@@ -67,7 +65,7 @@ class Products(NamedTuple):
 torch.library.define(
     "kernel_pytorch::float8_linear_cross_entropy",
     "(Tensor x, Tensor x_turned, Tensor x_inverse, Tensor w, Tensor w_turned, Tensor w_inverse, Tensor? bias, "
-    "Tensor labels, Tensor? state, Tensor? counters, ScalarType kind, bool power_of_2, ScalarType to, "
+    "Tensor labels, Tensor? counters, ScalarType kind, bool power_of_2, ScalarType to, "
     "ScalarType x_dtype, ScalarType w_dtype, bool[3] fast, bool measured, int ignore_index, bool mean, int chunk, "
     "bool[3] needs) -> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -87,7 +85,6 @@ def _chunks(
     w_inverse: torch.Tensor,
     bias: torch.Tensor | None,
     labels: torch.Tensor,
-    state: torch.Tensor | None,
     counters: torch.Tensor | None,
     kind: torch.dtype,
     power_of_2: bool,
@@ -106,30 +103,35 @@ def _chunks(
     if mean:
         scale = (labels != ignore_index).sum().to(torch.float32).reciprocal()
     losses = torch.empty(rows, dtype=torch.float32, device=x.device)
+    inverse = torch.ones(1, dtype=torch.float32, device=x.device)
+    together = chunk * _TOGETHER
     d_x: list[torch.Tensor] = []
     d_w: torch.Tensor | None = None
-    if needs[1] and (not rows or -(-rows // chunk) > ROUNDED_SUMS):
+    if needs[1] and (not rows or -(-rows // together) > ROUNDED_SUMS):
         d_w = torch.zeros(w.shape, dtype=torch.float32, device=x.device)
     d_bias = torch.zeros(columns if needs[2] else 0, dtype=torch.float32, device=x.device)
-    for start in range(0, rows, chunk):
-        part = slice(start, min(start + chunk, rows))
-        logits = float8_matmul_op(x[part], w, x_inverse, w_inverse, bias, to, fast[0], measured)
-        _turn_into_slopes(logits, labels[part], losses[part], scale if any(needs) else None, ignore_index)
-        if needs[2]:
-            d_bias += logits.sum(0, dtype=torch.float32)
-        if not (needs[0] or needs[1]):
-            continue
-        role = "forward" if start == 0 else "note"
-        row, turned, inverse = float8_cast_op([logits], state, kind, needs[0], needs[1], role, power_of_2)
-        if counters is not None:
-            inverse = count_op([logits], inverse, kind, counters)
-        del logits
-        if needs[0]:
-            d_x.append(float8_matmul_op(row, w_turned, inverse, w_inverse, None, x_dtype, fast[1], measured))
-        del row
-        if needs[1]:
-            # Adjacent columns, as algorithms are measured: of one chunk no copy, of several H bytes a row.
-            x_part = x_turned[:, start : start + padded(part.stop - start)].contiguous()
+    for begin in range(0, rows, together):
+        end = min(begin + together, rows)
+        turned = x.new_empty((columns, padded(end - begin)), dtype=kind) if needs[1] else None
+        for start in range(begin, end, chunk):
+            part = slice(start, min(start + chunk, end))
+            logits = float8_matmul_op(x[part], w, x_inverse, w_inverse, bias, to, fast[0], measured)
+            row = torch.empty_like(logits, dtype=kind) if needs[0] else None
+            here = None if turned is None else turned[:, start - begin : start - begin + padded(part.stop - start)]
+            counted = counters if (needs[0] or needs[1]) and counters is not None and counting(counters) else None
+            wide = needs[2] or counted is not None
+            _slopes(logits, labels[part], losses[part], scale, row, here, inverse, power_of_2, ignore_index, wide)
+            if needs[2]:
+                d_bias += logits.sum(0, dtype=torch.float32)
+            if counted is not None:
+                count_op([logits], inverse, kind, counted)
+            del logits
+            if row is not None:
+                d_x.append(float8_matmul_op(row, w_turned, inverse, w_inverse, None, x_dtype, fast[1], measured))
+            del row
+        if turned is not None:
+            # Adjacent columns, as algorithms are measured: of all rows no copy, of a part H bytes a row.
+            x_part = x_turned[:, begin : begin + turned.shape[1]].contiguous()
             share = float8_matmul_op(turned, x_part, inverse, x_inverse, None, w_dtype, fast[2], measured)
             d_w = share if d_w is None else d_w.add_(share)
             del share
@@ -142,24 +144,46 @@ def _chunks(
     return losses, d_hidden, d_weight, d_bias
 
 
-def _turn_into_slopes(
-    logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, scale: torch.Tensor | None, ignore_index: int
+def _slopes(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    losses: torch.Tensor,
+    scale: torch.Tensor,
+    row: torch.Tensor | None,
+    turned: torch.Tensor | None,
+    inverse: torch.Tensor,
+    power_of_2: bool,
+    ignore_index: int,
+    wide: bool,
 ) -> None:
-    """Write losses, and in the place of logits their slopes times `scale`, where there is one."""
+    """Write losses, and slopes of `scale` times their sum to the copies in FP8; `wide`: in the place of logits too."""
+    copies = [copy for copy in (row, turned) if copy is not None]
     if not (logits.is_cuda or INTERPRETED):
-        from kernel_pytorch.ops.linear_cross_entropy.reference import slopes_reference
+        from kernel_pytorch.ops.linear_cross_entropy.reference import float8_slopes_reference, slopes_reference
 
         found, slopes = slopes_reference(logits, labels, ignore_index=ignore_index)
         losses.copy_(found)
-        if scale is not None:
-            logits.copy_(slopes * scale)
+        slopes = (slopes * torch.where(scale.isfinite(), scale, 1.0)).to(logits.dtype)
+        if copies:
+            small, back = float8_slopes_reference(slopes, scale, copies[0].dtype, power_of_2=power_of_2)
+            inverse.copy_(back)
+            if row is not None:
+                row.copy_(small)
+            if turned is not None:
+                turned.zero_()[:, : len(small)].copy_(small.t())
+        if wide:
+            logits.copy_(slopes)
         return
-    from kernel_pytorch.ops.linear_cross_entropy import cross_entropy_kernel as kernel
+    from kernel_pytorch.ops.linear_cross_entropy import cross_entropy_kernel, float8_slopes_kernel
 
-    lse = torch.empty_like(losses) if scale is None else None
-    kernel.launch(
-        logits, labels, losses, lse, None if scale is None else logits, scale=scale, ignore_index=ignore_index
-    )
+    lse = torch.empty_like(losses)
+    cross_entropy_kernel.launch(logits, labels, losses, lse, None, ignore_index=ignore_index)
+    if copies:
+        float8_slopes_kernel.slopes(
+            logits, labels, lse, scale, row, turned, inverse, power_of_2=power_of_2, ignore_index=ignore_index
+        )
+    if wide:
+        cross_entropy_kernel.launch(logits, labels, None, lse, logits, scale=scale, ignore_index=ignore_index)
 
 
 for _device in ("cuda", "cpu"):
@@ -169,12 +193,12 @@ for _device in ("cuda", "cpu"):
 @torch.library.register_fake("kernel_pytorch::float8_linear_cross_entropy")
 def _chunks_fake(
     x: torch.Tensor, x_turned: torch.Tensor, x_inverse: torch.Tensor, w: torch.Tensor, w_turned: torch.Tensor,
-    w_inverse: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, state: torch.Tensor | None,
+    w_inverse: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
     counters: torch.Tensor | None, kind: torch.dtype, power_of_2: bool, to: torch.dtype, x_dtype: torch.dtype,
     w_dtype: torch.dtype, fast: list[bool], measured: bool, ignore_index: int, mean: bool, chunk: int,
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    del x_turned, x_inverse, w_turned, w_inverse, bias, labels, state, counters, kind, power_of_2, fast, measured
+    del x_turned, x_inverse, w_turned, w_inverse, bias, labels, counters, kind, power_of_2, fast, measured
     del ignore_index, mean, chunk
     del to
     shapes = ((x.shape, x_dtype), (w.shape, w_dtype), (w.shape[:1], torch.float32))
@@ -193,17 +217,16 @@ class _Scalar(torch.autograd.Function):
         bias: torch.Tensor | None,
         small: Any,
         labels: torch.Tensor,
-        of_gradient: Any,
+        counters: torch.Tensor | None,
         options: Any,
         needs: list[bool],
     ) -> torch.Tensor:
         x, x_turned, x_inverse, w, w_turned, w_inverse = small
-        state, counters = of_gradient
         kind, power_of_2, to, fast, measured, ignore_index, mean, chunk = options
         # Slopes over the number of rows would underflow in fp16, before a GradScaler's factor could save them.
         late = mean and to is torch.float16
         losses, d_hidden, d_weight, d_bias = torch.ops.kernel_pytorch.float8_linear_cross_entropy(
-            x, x_turned, x_inverse, w, w_turned, w_inverse, None if bias is None else bias.to(to), labels, state,
+            x, x_turned, x_inverse, w, w_turned, w_inverse, None if bias is None else bias.to(to), labels,
             counters, kind, power_of_2, to, hidden.dtype, weight.dtype, fast, measured, ignore_index,
             mean and not late, chunk, needs,
         )  # fmt: skip
@@ -257,4 +280,4 @@ def float8_linear_cross_entropy_apply(
         reduction == "mean", rows,
     )  # fmt: skip
     small = (x8.row, x8.transposed, x8.inverse, w8.row, w8.transposed, w8.inverse)
-    return _Scalar.apply(hidden, weight, bias, small, labels, (cast.state, cast.counters), options, needs)
+    return _Scalar.apply(hidden, weight, bias, small, labels, cast.counters, options, needs)

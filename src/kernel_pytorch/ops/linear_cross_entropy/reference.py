@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-__all__ = ["cross_entropy_reference", "linear_cross_entropy_reference", "slopes_reference"]
+from kernel_pytorch.ops.float8_cast.reference import quantise, scale_reference
+
+__all__ = ["cross_entropy_reference", "float8_slopes_reference", "linear_cross_entropy_reference", "slopes_reference"]
 
 
 def cross_entropy_reference(
@@ -54,3 +56,18 @@ def slopes_reference(
     slopes = torch.softmax(wide, 1)
     slopes[used.nonzero(as_tuple=True)[0], labels[used]] -= 1.0
     return losses.float(), torch.where(used[:, None], slopes, 0.0)
+
+
+def float8_slopes_reference(
+    slopes: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, *, power_of_2: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return slopes that are at most `factor` in a format of 8 bits, and the number that turns them back.
+
+    Args:
+        slopes: `[rows, columns]`: gradients of the sum of losses times `factor`.
+        factor: One number, fp32; infinite where no row counts.
+        dtype: The format.
+        power_of_2: Round the scale down to a power of two.
+    """
+    scale = scale_reference(torch.where(factor.isfinite(), factor, 1.0), dtype, power_of_2=power_of_2)
+    return quantise(slopes, scale, dtype), 1.0 / scale
