@@ -291,3 +291,31 @@ def test_the_operator_is_registered_as_pytorch_wants() -> None:
     arguments = ([torch.randn(8, 16)], fresh_state(2, "cpu"), E4M3, True, True, "forward", True)
     # Not its schema: the state is written undeclared, and op.py says why.
     torch.library.opcheck(op, arguments, test_utils=("test_autograd_registration", "test_faketensor"))
+
+
+@pytest.mark.parametrize("apart", [1, 3])
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, E4M3])
+def test_the_kernel_counts_what_the_operator_counts(
+    interpreter: None, monkeypatch: pytest.MonkeyPatch, kind: torch.dtype, by_row: bool, apart: int
+) -> None:
+    from kernel_pytorch.ops.float8_cast import counting
+    from kernel_pytorch.ops.float8_cast.float8_count_kernel import count
+
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 70, generator=made) * torch.exp2(torch.randint(-12, 12, (50, 70), generator=made))
+    x[3, 3] = 0.0
+    if kind is not E4M3:
+        x[6, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    x = x.clamp(-448, 448).to(kind) if kind is E4M3 else x.to(kind)
+    inverse = torch.full((50, 1) if by_row else (1,), 0.25)
+    if by_row:
+        inverse[::6] = 1.0
+    want, got = (torch.ones(counting.COLUMNS, dtype=torch.float64) for _ in range(2))
+    monkeypatch.setattr(counting, "_AT_MOST", 50 * 70 // apart)
+    counting.switch(want, on=True)
+    counting.count_op([x], inverse, E4M3, want)
+    counting.switch(want, on=False)
+    count(x, inverse, got, apart=apart, limit=448.0, least=2.0**-9, small=kind is E4M3)
+    assert torch.equal(got, want)
+    assert (got[:4] > 1).tolist() == [True, True, True, kind is not E4M3]

@@ -6,9 +6,10 @@
         optimizer.step()
         monitor.step()
 
-One step in `every` is counted, on the device, and read once, at its end: the other steps cost nothing but a switch that
-casts look at. What counting costs on a GPU has not been measured yet. A CUDA graph holds what its capture saw: capture
-a counted step, or count eagerly.
+One step in `every` is counted, on the device, and read once: the other steps cost a switch that casts look at and a
+copy of each factor. On a GPU nobody waits for the counts: they are copied while the training goes on, and read by the
+first call of `step` that finds them there, at the latest when the next step is counted. A CUDA graph holds what its
+capture saw: capture a counted step, or count eagerly.
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ class Monitor:
         self._write, self._close = _writer(write_to)
         self._steps = 0
         self._broken: dict[str, int] = {}
+        self._copied: tuple[int, torch.Tensor, torch.cuda.Event] | None = None
         self.readings: list[Reading] = []
         self.history: dict[tuple[str, str], list[tuple[int, float]]] = {}
         self.fallen: dict[str, str] = {}
@@ -150,14 +152,17 @@ class Monitor:
         Warns:
             Float8FallbackWarning: A layer fell back.
         """
-        if self._steps % self._every == 0:
-            self._read()
+        counted = self._steps % self._every == 0
+        self._look(wait=counted)
+        if counted:
+            self._copy()
         self._steps += 1
         switch(self._counters, on=self._steps % self._every == 0)
 
     def close(self) -> None:
-        """Stop counting and end what is written."""
+        """Stop counting, read what was counted, and end what is written."""
         switch(self._counters, on=False)
+        self._look(wait=True)
         for site in self._sites.values():
             site.counters = {}
         self._close()
@@ -168,18 +173,39 @@ class Monitor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _read(self) -> None:
-        values = self._counters.tolist()  # the one copy from the device
+    def _copy(self) -> None:
+        """Take the counts from the device: at once on a CPU, behind what a GPU has yet to do otherwise."""
+        if not self._counters.is_cuda:
+            values = self._counters.tolist()
+            self._counters.zero_()
+            self._read(self._steps, values)
+            return
+        there = torch.empty(self._counters.shape, dtype=torch.float64, pin_memory=True)
+        there.copy_(self._counters, non_blocking=True)
         self._counters.zero_()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(self._counters.device))
+        self._copied = (self._steps, there, done)
+
+    def _look(self, *, wait: bool) -> None:
+        """Read counts that were copied, where they are there; `wait` for them."""
+        if self._copied is None:
+            return
+        step, there, done = self._copied
+        if wait:
+            done.synchronize()
+        if wait or done.query():  # type: ignore[no-untyped-call]
+            self._copied = None
+            self._read(step, there.tolist())
+
+    def _read(self, step: int, values: list[list[list[float]]]) -> None:
         self.readings = []
         for name, by_operand in zip(self._sites, values, strict=True):
             for operand, counted in zip(OPERANDS, by_operand, strict=True):
                 elements = int(counted[Column.ELEMENTS])
                 shares = [counted[c] / max(elements, 1) for c in (Column.SATURATED, Column.FLUSHED, Column.NOT_FINITE)]
                 amax = counted[Column.AMAX]
-                self.readings.append(
-                    Reading(self._steps, name, operand, elements, shares[0], shares[1], shares[2], amax)
-                )
+                self.readings.append(Reading(step, name, operand, elements, shares[0], shares[1], shares[2], amax))
         for reading in self.readings:
             if reading.elements:
                 self.history.setdefault((reading.layer, reading.operand), []).append((reading.step, reading.amax))
@@ -187,9 +213,9 @@ class Monitor:
                 if self._on_reading is not None:
                     self._on_reading(reading)
         if self._bounds is not None:
-            self._judge(self._bounds)
+            self._judge(self._bounds, step)
 
-    def _judge(self, bounds: Bounds) -> None:
+    def _judge(self, bounds: Bounds, step: int) -> None:
         found: dict[str, str] = {}
         for reading in self.readings:
             if reading.elements and (what := bounds.broken(reading)):
@@ -198,10 +224,10 @@ class Monitor:
         for layer, what in found.items():
             if self._broken[layer] < bounds.patience or layer in self.fallen:
                 continue
-            reason = f"fell back at step {self._steps}: {what}, {bounds.patience} counted steps in a row"
+            reason = f"fell back at step {step}: {what}, {bounds.patience} counted steps in a row"
             paths = fall_back(self._model, layer, reason)
             self.fallen |= dict.fromkeys(paths, reason)
-            warnings.warn(f"{', '.join(paths)}: {reason}", Float8FallbackWarning, stacklevel=4)
+            warnings.warn(f"{', '.join(paths)}: {reason}", Float8FallbackWarning, stacklevel=5)
 
 
 def _writer(where: str | Path | None) -> tuple[Callable[[Reading], None], Callable[[], None]]:

@@ -2,7 +2,8 @@
 """Count what a cast to FP8 lost: values that saturated, that became zero, that were not finite.
 
 An operator, so that it stays in compiled code, where the switch is looked at each time it runs. It reads its input, of
-large matrices a part, so that whoever watches a training switches it on for one step in many.
+large matrices a part, so that whoever watches a training switches it on for one step in many. On a GPU one kernel
+counts a matrix.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ class Column(IntEnum):
 
 COLUMNS = len(Column)
 _AT_MOST = 1 << 20
-"""Elements of a matrix that are counted: of larger ones, rows that lie evenly apart. Plain operators pass over what is
-counted many times, which for all of a large matrix would cost more than its cast."""
+"""Elements of a matrix that are counted, about: of larger ones, rows that lie evenly apart."""
 _ON: set[int] = set()
 
 torch.library.define(
@@ -57,6 +57,14 @@ def _count(xs: list[torch.Tensor], inverse: torch.Tensor, dtype: torch.dtype, co
     firsts = [sum(len(x) for x in xs[:i]) if stacked else 0 for i in range(len(xs))]
     for x, first in zip(xs, firsts, strict=True):
         apart = max(1, x.numel() // _AT_MOST)
+        if x.is_cuda:
+            from kernel_pytorch.ops.float8_cast.float8_count_kernel import count
+
+            of_it = inverse[first : first + len(x)].contiguous() if by_row else inverse
+            count(
+                x.contiguous(), of_it, counters, apart=apart, limit=limit, least=_least(dtype), small=x.dtype is dtype
+            )
+            continue
         part = x[::apart]
         back = inverse[first : first + len(x) : apart] if by_row else inverse
         if part.dtype is dtype:
