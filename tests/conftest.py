@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import getpass
 import os
 import shutil
@@ -48,6 +49,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.serial)
 
 
+def pytest_collection_finish() -> None:
+    """Keep the modules and items that there are now out of later garbage collections.
+
+    They live as long as the session, and there are so many that a `gc.collect()` takes a quarter of a second: as long
+    as the whole trial of a small model that calls it.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_sessionfinish() -> None:  # pytest-xdist may end a worker before its `pytest_unconfigure`
+    gc.unfreeze()  # else what ends with the interpreter is told as leaked
     if TEMPORARY is not None:
         shutil.rmtree(TEMPORARY, ignore_errors=True)

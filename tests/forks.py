@@ -26,11 +26,12 @@ import pytest
 __all__ = ["python", "run_interpreted"]
 
 _SERVER = """
-import atexit, importlib, json, os, runpy, sys, threading, traceback
+import atexit, gc, importlib, json, os, runpy, sys, threading, traceback
 
 for name in json.loads(sys.argv[1]):
     importlib.import_module(name)
 assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
+gc.freeze()  # what is imported is no garbage: collections need not look at it
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 requests = os.fdopen(os.dup(0), "r")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -336,9 +337,12 @@ def main(arguments: list[str]) -> None:
             os.execv(sys.executable, [sys.executable, "-m", "kernel_pytorch.measure.zygote", *rest])  # noqa: S606
     sys.stderr.write(f"imported {len(arguments) - 2} modules in {time.monotonic() - began:.1f} s\n")
     sys.stderr.flush()
+    gc.collect()
+    gc.freeze()  # jobs collect garbage: to look through all of torch again takes longer than small models
     control.sendall(json.dumps({"missing": missing}).encode() + b"\n")
     with contextlib.suppress(OSError):
         _serve(control, parent)
+    gc.unfreeze()
 
 
 if __name__ == "__main__":
