@@ -1,11 +1,14 @@
-"""A short training of two blocks in FP8 under FSDP2, for `torchrun`: losses and what was gathered, as JSON."""
+"""Short trainings of two blocks in FP8, alone or under FSDP2: losses and what was gathered.
+
+python sharded_run.py FILE RANK WORLD     one process of a group that meets at FILE; rank 0 prints all runs as JSON
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed, nn
@@ -17,20 +20,21 @@ from kernel_pytorch.errors import ModelError
 from kernel_pytorch.precision.sharded import ShardedWeight
 from tests.precision.models import Block, batches
 
+RECIPES = ("tensorwise_current", "tensorwise_delayed")
 
-def main(how: str, recipe: str) -> None:
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+def train(how: str, recipe: str, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """Train a few steps, sharded where there are several processes, weights in FP8 where `how` says so."""
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block())
     kp.precision.convert(model, recipe, example_inputs=(torch.randn(4, 32),))
     keys, gathers = list(model.state_dict()), []
+    inner = ShardedWeight.fsdp_pre_all_gather
     if world > 1:
         from torch.distributed.fsdp import fully_shard
 
-        distributed.init_process_group("gloo")
         if how == "float8":
             kp.precision.shard_weights(model)
-            inner = ShardedWeight.fsdp_pre_all_gather
 
             def noted(self: ShardedWeight, *args: object) -> object:
                 out = inner(self, *args)
@@ -73,13 +77,20 @@ def main(how: str, recipe: str) -> None:
             model(batches(1)[0][0])
         except ModelError as error:
             stale = str(error)
+    ShardedWeight.fsdp_pre_all_gather = inner
+    sums = {name: float(value.double().square().sum()) for name, value in whole.items()}
+    return {"losses": losses, "sums": sums, "gathers": gathers, "keys": list(whole) == keys, "stale": stale}
+
+
+def main(file: str, rank: int, world: int) -> None:
+    """Train by both recipes, with weights gathered as they are and in FP8."""
+    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    runs = {f"{how} {recipe}": train(how, recipe, rank, world) for recipe in RECIPES for how in ("plain", "float8")}
     if rank == 0:
-        sums = {name: float(value.double().square().sum()) for name, value in whole.items()}
-        same_keys = list(whole) == keys
-        print(json.dumps({"losses": losses, "sums": sums, "gathers": gathers, "keys": same_keys, "stale": stale}))
-    if world > 1:
-        distributed.destroy_process_group()
+        print(json.dumps(runs))
+    distributed.barrier()  # a process that ends closes what the other may still read from
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +22,49 @@ from kernel_pytorch.precision.gathered import GatheredWeight, gathered, turned
 from kernel_pytorch.precision.sharded import ShardedWeight
 
 from .models import block
+from .sharded_run import RECIPES, train
 
 RUN = Path(__file__).with_name("sharded_run.py")
 
 
-def run(how: str, recipe: str, processes: int) -> dict[str, Any]:
-    command = [sys.executable, str(RUN), how, recipe]
-    if processes > 1:
-        if not distributed.is_available() or not distributed.is_gloo_available():
-            pytest.skip("this PyTorch has no gloo")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-        command = [*torchrun, *command[1:]]
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return what two processes came to, by how weights are gathered and by recipe.
+
+    They meet at a file: neither a port that another process may take nor a launcher that tells less than the process
+    itself why it failed.
+    """
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("this PyTorch has no gloo")
+    place = tmp_path_factory.mktemp("sharded")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    with ExitStack() as stack:
+        processes = []
+        for rank in range(2):
+            log = stack.enter_context((place / f"rank{rank}").open("w"))
+            command = [sys.executable, str(RUN), str(place / "met"), str(rank), "2"]
+            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+            stack.callback(processes[-1].wait)
+            stack.callback(processes[-1].kill)
+        deadline = time.monotonic() + 240
+        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        codes = [p.poll() for p in processes]
+    said = [(place / f"rank{rank}").read_text() for rank in range(2)]
+    told = (
+        f"rank {rank} ended with {code}:\n{text}" for rank, (code, text) in enumerate(zip(codes, said, strict=True))
+    )
+    assert codes == [0, 0], "\n".join(told)
+    return json.loads(said[0].strip().splitlines()[-1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["tensorwise_current", "tensorwise_delayed"])
-def test_two_processes_are_as_one(recipe) -> None:
-    alone, plain, small = (run(*case) for case in (("plain", recipe, 1), ("plain", recipe, 2), ("float8", recipe, 2)))
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_processes_are_as_one(recipe, sharded) -> None:
+    alone = train("plain", recipe)
+    plain, small = sharded[f"plain {recipe}"], sharded[f"float8 {recipe}"]
     # Each rank scales its own half of the batch; scales are powers of two, so that only what saturates differs.
     rel = 1e-5 if recipe == "tensorwise_current" else 5e-3
     for other in (plain, small):
