@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from kernel_pytorch.advanced_memory.attention_chunks import ChunkedAttention
 from kernel_pytorch.advanced_memory.chunked_head import ChunkedHead
 from kernel_pytorch.advanced_memory.recompute_blocks import RecomputeBlocks
+from kernel_pytorch.advanced_memory.scan_layers import ScanLayers
 from kernel_pytorch.advanced_memory.shard import Shard
 from kernel_pytorch.core.protocols import Program, Transform
 from kernel_pytorch.core.types import Candidate
@@ -55,6 +56,7 @@ TRANSFORMS: tuple[Transform, ...] = (
     LossHead(),
     ChunkedHead(),
     RecomputeBlocks(),
+    ScanLayers(),
     Shard(),
     Prepack(),
     Int8Eager(),

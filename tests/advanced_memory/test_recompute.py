@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kernel_pytorch.advanced_memory.recompute import Recomputed, Results, recompute
+from kernel_pytorch.advanced_memory.recompute import Recomputed, recompute
 from kernel_pytorch.advanced_memory.recompute_blocks import RecomputeBlocks
+from kernel_pytorch.advanced_memory.twice import Results
 from kernel_pytorch.backends.tpu.steps import trace_step
 from kernel_pytorch.core.program import begin, restore, ship
 from kernel_pytorch.core.types import Mode, Step

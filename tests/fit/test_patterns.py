@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,8 @@ from kernel_pytorch.fit.survey import Option, Survey
 FLOPS = 1000
 PEAKS = {"": 9, "few": 6, "some": 4, "more": 3, "most": 2}
 """By what is recomputed: the more, the smaller."""
+loop_takes = {"more": 0}
+"""What a loop takes beyond blocks written out."""
 holes: dict[int, int] = {}
 """What the compiler sets aside beyond a peak, by the peak."""
 
@@ -39,15 +42,21 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Candidate]:
         del topology, name
         seen.append(build.candidate)
         params = {s.transform: s.params for s in build.candidate.steps}
+        loop = params.pop("scan_layers", None)
+        params |= {} if loop is None else {"recompute": loop}
         peak = PEAKS[str(params["recompute"]["keep"])] if params else PEAKS[""]
         if params.get("shard", {}).get("windows") is False:
             peak -= 3
+        peak += 0 if loop is None else loop_takes["more"]
         flops = FLOPS + 20 * list(PEAKS).index(str(params["recompute"]["keep"]) if params else "")
         return SimpleNamespace(fits=True, peak_bytes=peak, assigned_bytes=peak + holes.get(peak, 0), flops=flops)
 
     monkeypatch.setattr(patterns, "fit_tpu", fit)
     monkeypatch.setattr(patterns, "call_on_device", lambda *_: Survey(FLOPS, OPTIONS, (), "Block"))
     return seen
+
+
+LOOPED = tuple(replace(o, loop=Candidate((replace(o.candidate.steps[0], transform="scan_layers"),))) for o in OPTIONS)
 
 
 def search(memory: int | None, topology: str = "v5e:1") -> Searched:
@@ -95,6 +104,31 @@ def test_on_a_slice_products_are_left_whole_where_their_windows_take_too_much(as
         "shard", {"parameters": "sharded", "rows": "Block", "windows": False}
     )
     assert [str(c.steps[0].params["keep"]) for c in asked[1:]] == ["most", "most", "some", "few"]
+
+
+@pytest.mark.parametrize(("more", "taken"), [(-1, "scan_layers"), (0, "recompute"), (1, "recompute")])
+@pytest.mark.parametrize("memory", [4, None])
+def test_the_best_set_is_compiled_as_one_loop_too_and_taken_where_it_is_smaller(
+    asked: list[Candidate], monkeypatch: pytest.MonkeyPatch, more: int, taken: str, memory: int | None
+) -> None:
+    monkeypatch.setattr(patterns, "call_on_device", lambda *_: Survey(FLOPS, LOOPED, (), "Block"))
+    monkeypatch.setitem(loop_takes, "more", more)
+    found = search(memory)
+    assert [c.steps[0].transform for c in asked[1:]].count("scan_layers") == 1
+    assert found.chosen is not None
+    assert found.chosen.candidate.steps[0].transform == taken
+    assert found.chosen.candidate.steps[0].params == asked[-1].steps[0].params
+
+
+def test_where_no_set_fits_the_smallest_is_tried_as_one_loop(
+    asked: list[Candidate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "call_on_device", lambda *_: Survey(FLOPS, LOOPED, (), "Block"))
+    monkeypatch.setitem(loop_takes, "more", -1)
+    found = search(1)
+    assert [c.steps[0].transform for c in asked[1:]] == ["recompute", "scan_layers"]
+    assert found.chosen is not None
+    assert found.chosen.candidate == LOOPED[-1].loop
 
 
 def test_a_negative_allowance_is_refused(asked: list[Candidate]) -> None:

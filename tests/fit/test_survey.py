@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
-import pytest
+from functools import partial
 
-from kernel_pytorch.core.types import Mode, Skipped, Step
+import pytest
+import torch
+from torch import nn
+
+from kernel_pytorch import Workload
+from kernel_pytorch.core.types import Candidate, Mode, Skipped, Step
+from kernel_pytorch.fit import survey
+from kernel_pytorch.fit.build import Build
 from kernel_pytorch.fit.survey import _add_attention
+
+
+class Layer(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(8, 8), nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.linear(x))
+
+
+@pytest.mark.parametrize(("dropout", "said"), [(0.0, ""), (0.5, "draws random numbers")])
+def test_a_loop_is_an_option_where_the_blocks_are_one(
+    monkeypatch: pytest.MonkeyPatch, dropout: float, said: str
+) -> None:
+    monkeypatch.setattr(survey, "trace_step", partial(survey.trace_step, device="cpu"))
+    workload = Workload(
+        model=lambda: nn.Sequential(*(Layer(dropout) for _ in range(4))),
+        inputs=lambda: torch.zeros(2, 8),
+        loss=lambda model, x: model(x).square().mean(),
+    )
+    reason = survey._no_loop(Build(workload, Mode.TRAINING), [], "Layer")
+    assert said in reason
+    assert bool(said) == bool(reason)
+
+
+def test_a_set_and_its_loop_keep_the_same() -> None:
+    params = {"block": "Layer", "keep": "product:0", "plain": 1}
+    looped = survey._looped(Candidate((SPLASH, Step("recompute", params))))
+    assert looped == Candidate((SPLASH, Step("scan_layers", params)))
+
 
 SPLASH, MASK = Step("splash_attention"), Step("causal_mask")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from kernel_pytorch.backends.tpu.lowering import LoweringError
 from kernel_pytorch.backends.tpu.packages import Use, blocking
 from kernel_pytorch.backends.tpu.steps import Role
 from kernel_pytorch.backends.tpu.topology import parse_topology
-from kernel_pytorch.core.types import Mode
+from kernel_pytorch.core.types import Candidate, Mode, Step
 from kernel_pytorch.errors import KptError
 from kernel_pytorch.fit.build import Build
 from kernel_pytorch.fit.tpu import fit_tpu, outcome
@@ -47,6 +48,29 @@ class Attends(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, 1, 128)).permute(2, 0, 3, 1, 4)
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Layer(nn.Module):
+    """A layer with attention, written so that its heads take a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attends, self.net = Attends(), Net()
+        self.into, self.out = nn.Linear(WIDTH, 128, bias=False), nn.Linear(128, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.net(x) + self.out(self.attends(self.into(x)).squeeze(1))
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 class HoldsViews(nn.Module):
@@ -148,6 +172,23 @@ def test_recurrent_weights_are_trained() -> None:
 def test_an_operator_without_a_lowering_is_named_with_its_module() -> None:
     with pytest.raises((LoweringError, KptError), match=r"linalg_eig"):
         lower_program(build(Decomposes, 8, 8, mode=Mode.INFERENCE))
+
+
+def test_layers_in_a_loop_are_compiled_once_and_hold_less() -> None:
+    plain = build(Layers, 8, 1024, WIDTH)
+    params = {"block": "Layer", "keep": "", "plain": 0}
+    found = []
+    for name in ("", "recompute", "scan_layers"):
+        steps = (Step("splash_attention"), *((Step(name, params),) if name else ()))
+        found.append(lower_program(replace(plain, candidate=Candidate(steps))))
+    whole, again, loop = found
+    largest, compiled = (compile_lowered(lowered, parse_topology("v5e:1")) for lowered in (whole, loop))
+    assert loop.stablehlo.count(b"stablehlo.while") == 2
+    assert loop.stablehlo.count(b"@tpu_custom_call") < again.stablehlo.count(b"@tpu_custom_call") / 3
+    assert {a.name for a in loop.arguments} == {a.name for a in whole.arguments}
+    assert whole.flops < loop.flops == pytest.approx(again.flops, rel=0.05)
+    assert compiled.flops < largest.flops / 2, "the compiler counts the body of a loop once"
+    assert compiled.peak_bytes < 0.6 * largest.peak_bytes
 
 
 def test_a_forward_has_no_state_to_donate() -> None:

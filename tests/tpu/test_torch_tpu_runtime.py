@@ -52,7 +52,9 @@ def apart(losses, one, other):
     return max(abs(a - b) for a, b in zip(losses[one], losses[other], strict=True))
 
 
-@pytest.mark.parametrize("name", ["tpu", "tpu compiled", "tpu loss compiled"])
+@pytest.mark.parametrize(
+    "name", ["tpu", "tpu compiled", "tpu loss compiled", "tpu in a loop", "tpu in a loop, loss compiled"]
+)
 def test_float32_losses_are_those_of_the_cpu(losses, name):
     if probe.attached().reachable:
         pytest.skip("a chip multiplies float32 in bfloat16 passes by default")

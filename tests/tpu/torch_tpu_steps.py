@@ -91,10 +91,13 @@ def run_losses() -> dict[str, list[float]]:
     backend = manager.runtime.compile_backend
     policy = Step("precision_policy", {"policy": "pure_bf16", "to": "bfloat16"})
     autocast = Step("dtype", {"to": "bfloat16", "how": "autocast"})
+    in_loop = Step("scan_layers", {"block": "Block", "keep": "product:1", "plain": 0})
     for name, steps in {
         "tpu": (),
         "tpu compiled": (Step("compile", {"backend": backend}),),
         "tpu loss compiled": (Step("compile", {"backend": backend, "scope": "loss"}),),
+        "tpu in a loop": (in_loop,),
+        "tpu in a loop, loss compiled": (in_loop, Step("compile", {"backend": backend, "scope": "loss"})),
         "tpu pure_bf16": (policy,),
         "tpu autocast": (autocast,),
     }.items():

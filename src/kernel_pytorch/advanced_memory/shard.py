@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kernel_pytorch.advanced_memory.rows_mark import marked
+from kernel_pytorch.advanced_memory.scanned import InLoop
 from kernel_pytorch.core.blocks import blocks_of
 from kernel_pytorch.core.program import plain_call
 from kernel_pytorch.core.protocols import Program
@@ -63,6 +64,8 @@ class Shard:
         blocks = blocks_of(program.model, name) if name else []
         if name and not blocks:
             raise CandidateError(f"the model has no module of class {name!r}")
+        if any(isinstance(block._compiled_call_impl, InLoop) for block in blocks):  # noqa: SLF001
+            raise CandidateError(f"{step} marks what each block takes, and a loop over them (scan_layers) calls none")
         for block in blocks:
             before = block._compiled_call_impl  # noqa: SLF001
             program.undo.append(lambda b=block, c=before: setattr(b, "_compiled_call_impl", c))  # type: ignore[misc]

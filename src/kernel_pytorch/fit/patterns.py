@@ -100,12 +100,22 @@ def search_patterns(
     if memory_bytes is None:
         for option in options:
             reaches(option)
-        return Searched(_smallest(tried), tuple(tried), found, goal)
-    _first(options, reaches)
-    if spread and not any(_reaches(t, memory_bytes) for t in tried):
-        _first([replace(o, candidate=_whole(o.candidate)) for o in options], reaches)
-    fitting = [t for t in tried if _reaches(t, memory_bytes)]
-    return Searched(min(fitting, key=lambda t: t.extra_flops, default=None), tuple(tried), found, goal)
+    else:
+        _first(options, reaches)
+        if spread and not any(_reaches(t, memory_bytes) for t in tried):
+            _first([replace(o, candidate=_whole(o.candidate)) for o in options], reaches)
+    looped = _as_loop(options, _best(tried, memory_bytes))
+    if looped is not None:
+        reaches(looped)
+    return Searched(_best(tried, memory_bytes), tuple(tried), found, goal)
+
+
+def _as_loop(options: list[Option], best: Tried | None) -> Option | None:
+    """Return the best set with its blocks as one loop, or where none fits the one with the smallest peak."""
+    option = next((o for o in options if best is not None and o.candidate == best.candidate), None)
+    if option is None and options and best is None:
+        option = options[-1]
+    return replace(option, candidate=option.loop) if option is not None and option.loop is not None else None
 
 
 def _first(options: list[Option], reaches: Callable[[Option], bool]) -> None:
@@ -179,6 +189,10 @@ def _reaches(tried: Tried, memory_bytes: int) -> bool:
     return max(tried.fit.peak_bytes, tried.fit.assigned_bytes) <= memory_bytes
 
 
-def _smallest(tried: list[Tried]) -> Tried | None:
+def _best(tried: list[Tried], memory_bytes: int | None) -> Tried | None:
+    """Return the set with the fewest operations that keeps to the memory; without a goal, the one that holds least."""
     fitting = [t for t in tried if t.fit is not None and t.fit.fits]
-    return min(fitting, key=lambda t: t.fit.peak_bytes if t.fit else 0, default=None)
+    if memory_bytes is None:
+        return min(fitting, key=lambda t: t.fit.peak_bytes if t.fit else 0, default=None)
+    fitting = [t for t in fitting if _reaches(t, memory_bytes)]
+    return min(fitting, key=lambda t: (t.extra_flops, t.fit.peak_bytes if t.fit else 0), default=None)

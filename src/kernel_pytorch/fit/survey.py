@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 from kernel_pytorch.advanced_memory.logits import ChunkedLogits
-from kernel_pytorch.advanced_memory.recompute import RANDOM, Results
+from kernel_pytorch.advanced_memory.twice import RANDOM, Results
 from kernel_pytorch.backends.tpu.flops import counted_as
 from kernel_pytorch.backends.tpu.steps import TraceError, trace_step
 from kernel_pytorch.core.blocks import blocks_of
@@ -30,6 +30,7 @@ __all__ = ["Option", "Survey", "survey"]
 
 _CHUNKS, _LEAST_ROWS = 16, 128
 _MOST_KEPT = 4
+_SPREAD_LOOP = "a loop over blocks is not spread over devices: their marks are on each block's call"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,13 @@ class Option:
     Attributes:
         flops: Of the whole step.
         kept_bytes: What the blocks keep between forward and backward besides their inputs; `None` where they keep all.
+        loop: The same with the recomputed blocks as one loop, where they can be.
     """
 
     candidate: Candidate
     flops: int
     kept_bytes: int | None = None
+    loop: Candidate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,11 @@ def survey(build: Build, *, partitioned: bool = False, known: int = 0) -> Survey
     elif not block:
         left_out.append(Skipped("recompute", "no class of blocks repeats in the model"))
     else:
-        options += _recomputing(build, common, block, left_out)
+        recomputing = list(_recomputing(build, common, block, left_out))
+        no_loop = _SPREAD_LOOP if partitioned else _no_loop(build, common, block)
+        if no_loop:
+            left_out.append(Skipped("scan_layers", no_loop))
+        options += recomputing if no_loop else [replace(o, loop=_looped(o.candidate)) for o in recomputing]
     return Survey(base, tuple(sorted(options, key=lambda o: o.flops)), tuple(left_out), block)
 
 
@@ -141,6 +148,20 @@ def _recomputing(build: Build, common: list[Step], block: str, left_out: list[Sk
         yield Option(candidate, flops, sum(results[n].bytes for n in tried))
         if len(kept) >= _MOST_KEPT:
             return
+
+
+def _no_loop(build: Build, common: list[Step], block: str) -> str:
+    """Return why recomputed blocks cannot be one loop; empty where they can."""
+    try:
+        _flops(build, (*common, Step("scan_layers", {"block": block, "keep": "", "plain": 1})))
+    except (CandidateError, TraceError) as error:
+        return str(error)
+    return ""
+
+
+def _looped(candidate: Candidate) -> Candidate:
+    *others, recompute = candidate.steps
+    return Candidate((*others, Step("scan_layers", recompute.params)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,23 @@ __all__ = ["count_flops", "counted_as"]
 def count_flops(graph: fx.GraphModule) -> dict[str, int]:
     """Return floating-point operations by operator (`aten.mm`); a multiply-add is two, element-wise work is none.
 
+    The body of a loop (`scan`) counts as often as it runs.
+
     Args:
         graph: Nodes carry their fake value in `meta["val"]`, as `make_fx` leaves it.
     """
     counts: Counter[str] = Counter()
     for node in graph.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is torch.ops.higher_order.scan:
+            # Its body runs for every slice of what is stacked; a compiler counts it once.
+            body, _, stacked = node.args[:3]
+            steps = len(_value(stacked[0]))
+            counts.update({k: n * steps for k, n in count_flops(getattr(graph, str(body.target))).items()})
+            continue
         packet = getattr(node.target, "overloadpacket", None)
-        formula = flop_registry.get(counted_as(packet)) if node.op == "call_function" else None
+        formula = flop_registry.get(counted_as(packet))
         if formula is None:
             continue
         args, kwargs = pytree.tree_map(_value, (node.args, dict(node.kwargs)))

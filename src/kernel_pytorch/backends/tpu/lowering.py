@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -94,13 +95,16 @@ def _distinct(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 class _Replay(fx.Interpreter):
     """Runs each node from a frame that bears the node's name, for torch_tpu takes locations from there."""
 
-    def __init__(self, graph: fx.GraphModule, step: StepGraph) -> None:
+    def __init__(self, graph: fx.GraphModule, step: StepGraph, within: str = "") -> None:
         super().__init__(graph)
         self._step = step
-        self._frames = {node: _frame(node.name) for node in graph.graph.nodes}
+        self._frames = {node: _frame(within + node.name) for node in graph.graph.nodes}
 
     def run_node(self, n: fx.Node) -> Any:
         try:
+            if n.target is torch.ops.higher_order.scan:
+                make = self._loop(n, *self.fetch_args_kwargs_from_env(n)[0])
+                return self._frames[n](lambda: make())  # noqa: PLW0108  torch_tpu takes no notice of lambdas' frames
             return self._frames[n](lambda: super(_Replay, self).run_node(n))
         except (RuntimeError, NotImplementedError, TypeError) as error:
             if n.op != "call_function":
@@ -109,6 +113,35 @@ class _Replay(fx.Interpreter):
             raise LoweringError(
                 f"{n.target} of {where or 'the step'} has no lowering to a TPU: {str(error).splitlines()[0]}"
             ) from error
+
+    def _loop(
+        self,
+        node: fx.Node,
+        body: fx.GraphModule,
+        carry: Sequence[torch.Tensor],
+        stacked: Sequence[torch.Tensor],
+        shared: Sequence[torch.Tensor],
+    ) -> Callable[[], Any]:
+        """Return what records a loop over slices; torch_tpu's own lowering would compile the body for the host."""
+        from torch_tpu._internal.compile import tpu_torch_compile as compiler
+        from torch_tpu._internal.compile.scan import SCAN_REVERSE_ANNOTATION
+
+        shapes = [*(t.shape for t in carry), *(t.shape[1:] for t in stacked), *(t.shape for t in shared)]
+        kinds = [t.dtype for t in (*carry, *stacked, *shared)]
+        arguments = [compiler.placeholder(list(shape), dtype) for shape, dtype in zip(shapes, kinds, strict=True)]
+        results = list(_Replay(_on_device(body), self._step, f"{node.name}.").run(*(a.clone() for a in arguments)))
+        module = compiler.build_mlir(result_tensors=_distinct(results), argument_tensors=arguments)
+        noted = any((n.meta.get("custom") or {}).get(SCAN_REVERSE_ANNOTATION) for n in body.graph.nodes)
+        stacks = [torch.empty((len(stacked[0]), *t.shape), dtype=t.dtype, device="meta") for t in results[len(carry) :]]
+        return partial(
+            compiler.create_scan_op,
+            inits=list(carry),
+            inputs=[*stacked, *shared],
+            body_module=module,
+            scan_direction=compiler.ScanDirection.kReverse if noted else compiler.ScanDirection.kForward,
+            dummy_ys=stacks,
+            num_scan_inputs=len(stacked),
+        )
 
 
 def _call(run: Callable[[], Any]) -> Any:

@@ -71,7 +71,8 @@ class StepGraph:
         arguments: What the graph takes.
         flops: Floating-point operations by PyTorch's own formulas (a multiply-add is two), after dead code is removed.
         flops_by_operator: The same by operator, e.g. `aten.mm`.
-        modules: Where each node comes from, by its name: `layers.0.attention`, with ` (backward)` for gradients.
+        modules: Where each node comes from, by its name: `layers.0.attention`, with ` (backward)` for gradients; those
+            of a loop's body are named `LOOP.NODE`.
     """
 
     graph: fx.GraphModule
@@ -238,5 +239,14 @@ def _finish(
         )
     graph.recompile()
     by_operator = count_flops(graph)
-    modules = {node.name: Naming.of(node) for node in graph.graph.nodes if node.op == "call_function"}
+    modules = dict(_modules(graph))
     return StepGraph(graph, tuple(arguments), sum(by_operator.values()), by_operator, modules)
+
+
+def _modules(graph: fx.GraphModule, within: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the name of each operator and where it is from; those of the body of a loop `scan` are `scan.NAME`."""
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            yield within + node.name, Naming.of(node)
+        if node.target is torch.ops.higher_order.scan:
+            yield from _modules(getattr(graph, str(node.args[0].target)), f"{node.name}.")

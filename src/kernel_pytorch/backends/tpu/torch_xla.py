@@ -22,7 +22,7 @@ from kernel_pytorch.errors import KptError
 if TYPE_CHECKING:
     from kernel_pytorch.hardware.tpu.installed import Installed
 
-__all__ = ["TorchXla", "load_torch_xla", "optimization_barrier", "run_recorded"]
+__all__ = ["TorchXla", "load_torch_xla", "loop", "optimization_barrier", "run_recorded"]
 
 
 class TorchXla:
@@ -116,6 +116,35 @@ def optimization_barrier(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     held = [tensor.detach().clone() for tensor in tensors]
     importlib.import_module("torch_xla.core.xla_model").optimization_barrier_(held)
     return held
+
+
+def loop(
+    body: Callable[..., tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]],
+    carry: Sequence[torch.Tensor],
+    stacked: Sequence[torch.Tensor],
+    shared: Sequence[torch.Tensor],
+    *,
+    reverse: bool,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the last carry and the stacked results of a loop over `stacked`, one `while` of the program.
+
+    As `advanced_memory.loops.loop`, by the part of torch_xla's `scan` that takes no gradients (no public name in 2.9):
+    the public function differentiates its body by AOTAutograd, and a body may do that itself.
+    """
+    count = len(carry)
+    scan = importlib.import_module("torch_xla.experimental.scan")
+
+    def step(
+        held: Sequence[torch.Tensor], slices: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        # What is the same in every step is carried unchanged: closed over, it would be computed in the loop again.
+        with torch.enable_grad():
+            after, results = body(held[:count], slices, held[count:])
+        return [t.detach() for t in (*after, *held[count:])], [t.detach() for t in results]
+
+    given = [t.detach() for t in (*carry, *shared)]
+    after, results = scan._scan_impl_flat(step, given, [t.detach() for t in stacked], reverse=reverse)  # noqa: SLF001
+    return list(after[:count]), list(results)
 
 
 def run_recorded() -> None:
