@@ -75,7 +75,7 @@ def _backward(
     assert problem.left < 0
     seed = torch.empty((), dtype=torch.int64, device=q.device)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(  # noqa: SLF001
-        *(tensor.transpose(1, 2) for tensor in (in_layout(grad, out.stride()), q, k, v, out)),
+        *(tensor.transpose(1, 2) for tensor in (in_layout(grad), q, k, v, out)),
         lse.unsqueeze(-1),
         seed,
         seed,

@@ -1,11 +1,15 @@
 # mypy: disable-error-code="no-untyped-call"
-"""The gradient of attention's output in the memory layout of the output, where cuDNN by PyTorch needs it.
+"""The gradient of attention's output in one memory layout, that of models, where cuDNN by PyTorch needs it.
 
 PyTorch keeps the graph of cuDNN's backward under a key that holds the strides of queries, keys and values, not those
 of the gradient (`MHAParams` in `aten/src/ATen/native/cudnn/MHA.cpp`, torch 2.11). A process that has run a shape with
 the gradient as `[batch, heads, tokens, size]` in memory and then runs it as `[batch, tokens, heads, size]`, which is
 what models do, gets gradients of queries, keys and values that have nothing to do with its inputs (relative error 1.4
 on an H200). Nothing raises.
+
+So every gradient that our calls of cuDNN get is brought into the models' layout. That of the output would not do: it
+follows the queries', which a compiler lays out otherwise than eager code, and while tracing it is known by PyTorch's
+description of the operator only.
 """
 
 from __future__ import annotations
@@ -22,15 +26,13 @@ _SAME = 0.1
 """Relative difference of two gradients above which they are not of one function; measured: below 1e-6 or 1.4."""
 
 
-def in_layout(gradient: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Return a gradient with these strides, copied where it has others."""
-    if gradient.stride() == strides:
-        return gradient
-    return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+def in_layout(gradient: Tensor) -> Tensor:
+    """Return `[batch, heads, tokens, size]` that is `[batch, tokens, heads, size]` in memory, copied where it is not."""
+    return gradient.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def keep_layout(out: Tensor) -> Tensor:
-    """Let the gradient of an output arrive in the output's own layout, where cuDNN mistakes others; return the output.
+    """Let the gradient of an output arrive in the models' layout, where cuDNN mistakes others; return the output.
 
     While `torch.compile` traces, always: nothing can be tried then, what has the layout already is not copied, and the
     same process may run the shape eagerly, too.
@@ -40,24 +42,24 @@ def keep_layout(out: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return with_gradient_in_layout(out)
     if _needed(out.device):
-        strides = out.stride()
-        out.register_hook(lambda gradient: in_layout(gradient, strides))
+        out.register_hook(in_layout)
     return out
 
 
 class _InLayout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor) -> Tensor:
-        ctx.strides = out.stride()
+        del ctx
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return in_layout(gradient, ctx.strides)
+        del ctx
+        return in_layout(gradient)
 
 
 def with_gradient_in_layout(out: Tensor) -> Tensor:
-    """Return an output whose gradient has its strides, by operators that a compiler traces."""
+    """Return an output whose gradient has the models' layout, by operators that a compiler traces."""
     found: Tensor = _InLayout.apply(out)
     return found
 
