@@ -27,7 +27,7 @@ _SAME = 0.1
 
 
 def in_layout(gradient: Tensor) -> Tensor:
-    """Return `[batch, heads, tokens, size]` that is `[batch, tokens, heads, size]` in memory, copied where it is not."""
+    """Return `[batch, heads, tokens, size]` that is `[batch, tokens, heads, size]` in memory, copied if it is not."""
     return gradient.transpose(1, 2).contiguous().transpose(1, 2)
 
 
