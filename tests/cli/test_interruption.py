@@ -80,8 +80,10 @@ def resumed_without_repeating(kpt, files: Path, before: list[dict]) -> None:
     assert trials[: len(before)] == before
     screened = [json.dumps(t["candidate"]) for t in trials if t["phase"] == "screen"]
     assert len(screened) == len(set(screened)), "a finished trial was run again"
-    assert len(trials) > len(before), "the search went on"
     told = json.loads(done.out)
+    # On a loaded machine rates differ from one survey to the next, and may leave nothing that promises a gain.
+    hopeless = [u for u in told["untried"] if u["reason"].startswith("predicted to gain")]
+    assert len(trials) > len(before) or hopeless, "the search went on, or said why not"
     assert len(told["trials"]) >= len(trials)
     assert (files / "out" / "report.html").exists()
 
