@@ -4,6 +4,7 @@
     CUDA_VISIBLE_DEVICES=1 python benchmarks/float8_learning.py -o THE_SAME_FILE --only rowwise --seeds 1,2
     python benchmarks/float8_learning.py -o FILE --steps 10000       # a longer run: a file of its own
     python benchmarks/float8_learning.py -o FILE --merge OTHER.json  # runs of another machine
+    python benchmarks/float8_learning.py -o FILE --timed ALONE.json  # times of steps that had the GPU alone
 
 The byte GPT of `examples/gpt_train.py` with 100 million parameters in float32, autocast to bfloat16 and compiled, on
 the source of Python's standard library and of installed packages; one file in twenty is held out. Every recipe that
@@ -13,7 +14,8 @@ carries digests of both, and runs that differ in one are not compared.
 
 Judged by the final validation loss: the upper end of the one-sided 95 % interval (Student's t) of the relative
 differences to bf16 must be under the margin. Time to equal loss: when each of a pair first reaches the lowest loss that
-both reach, by steady time per step. Several processes may write to one file; runs that it has are not run again.
+both reach, by steady time per step; of runs that shared a GPU by that of others of the same job and variant that did
+not (`--timed`). Several processes may write to one file; runs that it has are not run again.
 """
 
 from __future__ import annotations
@@ -295,8 +297,8 @@ def time_to_equal_loss(plain: dict[str, Any], other: dict[str, Any]) -> dict[str
     return {"loss": target, "bf16_seconds": seconds[0], "seconds": seconds[1], "ratio": seconds[0] / seconds[1]}
 
 
-def summarise(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the verdict on each variant that has a pair, from complete runs.
+def summarise(runs: dict[str, dict[str, Any]], timed: dict[str, float] | None = None) -> dict[str, Any]:
+    """Return the verdict on each variant that has a pair, from complete runs; `timed` by variant, ms of a step alone.
 
     Raises:
         ValueError: Runs of a seed did not start alike, or did not read the same.
@@ -304,7 +306,8 @@ def summarise(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     by_variant: dict[str, dict[int, dict[str, Any]]] = {}
     for run in runs.values():
         if run["complete"]:
-            by_variant.setdefault(run["variant"], {})[run["seed"]] = run
+            alone = (timed or {}).get(run["variant"], run["ms"])
+            by_variant.setdefault(run["variant"], {})[run["seed"]] = {**run, "ms": alone}
     plain = by_variant.get("bf16", {})
     found: dict[str, Any] = {}
     for variant in (name for name in VARIANTS if name in by_variant and name != "bf16"):
@@ -356,12 +359,28 @@ def add(path: Path, fresh: dict[str, Any], runs: dict[str, dict[str, Any]]) -> d
         for key in ("job", "text"):
             if key in artefact and artefact[key] != fresh[key]:
                 raise SystemExit(f"{path} is of another {key}: {artefact[key]}, not {fresh[key]}")
-        artefact = {**fresh, "runs": dict(sorted({**artefact["runs"], **runs}.items()))}
-        artefact["summary"] = summarise(artefact["runs"])
+        kept = {"timed": artefact["timed"]} if "timed" in artefact else {}
+        artefact = {**kept, **fresh, "runs": dict(sorted({**artefact["runs"], **runs}.items()))}
+        artefact["summary"] = summarise(artefact["runs"], artefact.get("timed"))
         fresh_file = path.with_name(f".{path.name}.new")
         fresh_file.write_text(json.dumps(artefact) + "\n")
         fresh_file.replace(path)
     return artefact
+
+
+def times_of(path: Path, job: dict[str, Any]) -> dict[str, float]:
+    """Return the median milliseconds of a step by variant.
+
+    Raises:
+        SystemExit: The runs are of another job; how many steps they had does not matter.
+    """
+    known = stored(path)
+    if {**known.get("job", {}), "steps": 0} != {**job, "steps": 0}:
+        raise SystemExit(f"{path} is of another job: {known.get('job')}, not {job}")
+    by_variant: dict[str, list[float]] = {}
+    for run in known["runs"].values():
+        by_variant.setdefault(run["variant"], []).append(run["ms"])
+    return {variant: statistics.median(ms) for variant, ms in by_variant.items()}
 
 
 def show(artefact: dict[str, Any]) -> None:
@@ -391,6 +410,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no run is started")
     parser.add_argument("--merge", type=Path, nargs="+", default=[], help="artefacts whose runs to add; nothing is run")
+    parser.add_argument("--timed", type=Path, help="an artefact whose times of a step count; nothing is run")
     parser.add_argument("--smoke", action="store_true", help="a tiny model for a few steps")
     parser.add_argument("--compile", action="store_true", help="compile in smoke mode too")
     return parser.parse_args()
@@ -408,6 +428,14 @@ def main() -> None:
             other.pop("summary", None)
             artefact = add(args.output, other, runs)
         show(artefact)
+        return
+    if args.timed:
+        artefact = stored(args.output)
+        if "job" not in artefact:
+            raise SystemExit(f"{args.output} has no runs yet")
+        runs = artefact.pop("runs")
+        artefact.pop("summary", None)
+        show(add(args.output, {**artefact, "timed": times_of(args.timed, artefact["job"])}, runs))
         return
     job = SMOKE if args.smoke else Job()
     changed = {key: value for key in ("steps", "batch") if (value := getattr(args, key)) is not None}

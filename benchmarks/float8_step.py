@@ -4,17 +4,18 @@ and how much of the arithmetic claimed for FP8 ran in FP8 kernels.
     python benchmarks/float8_step.py benchmarks/training_jobs.py:llama -o benchmarks/results/DEVICE/float8_step.json
 
 Steps are applied by hand, as `kpt optimize` would: everything that is known to help in bf16, then the same with
-`float8`. Each variant builds its own model. Variants that the file
-has are not run again (`--again` runs them).
+`float8`. Each variant runs in a process of its own, so that its peak is that of one model. Variants that the file has
+are not run again (`--again` runs them).
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import gc
 import json
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,24 @@ def run(target: str, steps: list[tuple[str, dict[str, Any]]], repeats: int) -> d
     }
 
 
+def alone(target: str, name: str, repeats: int) -> dict[str, Any]:
+    """Run a variant in a process of its own; where that fails, return the error."""
+    command = [sys.executable, __file__, target, "--variant", name, "--repeats", str(repeats)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return {"error": f"the process of the variant ended with code {done.returncode}"}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def guarded(target: str, steps: list[tuple[str, dict[str, Any]]], repeats: int) -> dict[str, Any]:
+    try:
+        return run(target, steps, repeats)
+    except (RuntimeError, ValueError) as failure:
+        return {"error": f"{type(failure).__name__}: {failure}"[:600]}
+
+
 def show(name: str, row: dict[str, Any], first: float) -> None:
     if "error" in row:
         print(f"{name:30s} {row['error']}")
@@ -140,13 +159,19 @@ def show(name: str, row: dict[str, Any], first: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target")
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--variant", help="run this one here and print its row as JSON; nothing is written")
     parser.add_argument("--only", default="", help="variants whose name contains one of these, by commas")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--again", action="store_true", help="run what the file has already")
     parser.add_argument("--kernels", type=int, default=12, help="kernels to print for each variant")
     args = parser.parse_args()
     manager = manager_for()
+    if args.variant:
+        print(json.dumps(guarded(args.target, variants(manager.spec)[args.variant], args.repeats)))
+        return
+    if args.output is None:
+        parser.error("-o: where the artefact goes")
     artefact: dict[str, Any] = {
         "device": manager.spec.key, "software": dict(manager.spec.software), "target": args.target, "variants": {},
     }  # fmt: skip
@@ -154,21 +179,15 @@ def main() -> None:
         artefact["variants"] = json.loads(args.output.read_text())["variants"]
     wanted = [part for part in args.only.split(",") if part]
     rows: dict[str, Any] = artefact["variants"]
-    for name, steps in variants(manager.spec).items():
+    for name in variants(manager.spec):
         if wanted and not any(part in name for part in wanted):
             continue
         if args.again or name not in rows:
-            torch._dynamo.reset()
-            try:
-                row = run(args.target, steps, args.repeats)
+            row = alone(args.target, name, args.repeats)
+            if "error" not in row:
                 rows[name] = row
-            except (RuntimeError, ValueError) as failure:
-                row = {"error": f"{type(failure).__name__}: {failure}"[:600]}
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(artefact, indent=1) + "\n")
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
         else:
             row = rows[name]
         show(name, row, rows.get("bf16", row).get("ms", row.get("ms", 0.0)))

@@ -168,6 +168,26 @@ def test_runs_of_several_processes_and_machines_come_together(monkeypatch, tmp_p
         learning.add(path, {**fresh, "text": {"digest": "b"}}, {})
 
 
+def test_runs_that_shared_a_gpu_have_times_of_those_that_did_not(monkeypatch, tmp_path) -> None:
+    path, alone, fresh = tmp_path / "shared.json", tmp_path / "alone.json", {"job": {"steps": 4, "batch": 2}}
+    text = {"text": {"digest": "a"}}
+    learning.add(path, {**fresh, **text}, named(run("bf16", 0, 2.0, ms=90.0), run("rowwise", 0, 2.0, ms=99.0)))
+    other = {"job": {"steps": 2, "batch": 2}, **text}
+    learning.add(alone, other, named(run("bf16", 7, 3.0, ms=12.0), run("rowwise", 7, 3.0, ms=8.0)))
+    monkeypatch.setattr(sys, "argv", ["float8_learning.py", "-o", str(path), "--timed", str(alone)])
+    learning.main()
+    assert learning.stored(path)["summary"]["rowwise"]["speedup"] == pytest.approx(1.5)
+    assert learning.stored(path)["summary"]["rowwise"]["equal_loss"][0]["ratio"] == pytest.approx(1.5)
+    # What comes later is told by the same times.
+    learning.add(path, {**fresh, **text}, named(run("rowwise", 1, 2.0), run("bf16", 1, 2.0)))
+    assert learning.stored(path)["summary"]["rowwise"]["ms"] == pytest.approx(8.0)
+    other_job = tmp_path / "other.json"
+    learning.add(other_job, {"job": {"steps": 4, "batch": 4}, **text}, named(run("bf16", 0, 2.0)))
+    monkeypatch.setattr(sys, "argv", ["float8_learning.py", "-o", str(path), "--timed", str(other_job)])
+    with pytest.raises(SystemExit, match="is of another job"):
+        learning.main()
+
+
 def test_no_file_is_both_for_training_and_for_validation() -> None:
     names = [f"python/module_{i}.py" for i in range(4000)]
     share = sum(map(learning.is_held_out, names)) / len(names)
