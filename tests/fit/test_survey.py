@@ -12,7 +12,7 @@ from kernel_pytorch import Workload
 from kernel_pytorch.core.types import Candidate, Mode, Skipped, Step
 from kernel_pytorch.fit import survey
 from kernel_pytorch.fit.build import Build
-from kernel_pytorch.fit.survey import _add_attention
+from kernel_pytorch.fit.survey import _add_attention, _add_splash
 
 
 class Layer(nn.Module):
@@ -91,3 +91,37 @@ def test_attention_is_added_with_its_masks_or_without_them(
     _add_attention(SPLASH, add, mode, left_out)
     assert seen == asked
     assert [skipped.reason for skipped in left_out] == ["reason 1"][:reasons]
+
+
+@pytest.mark.parametrize(
+    ("reasons", "asked", "told"),
+    [
+        ({}, [{}], []),
+        ({"": "splash_attention: shapes (1, 2) are not taken"}, [{}, {"pad": 128}], []),
+        (
+            {"": "splash_attention: rows of 100 are not taken", "pad": "splash_attention(pad=128): rows of 100"},
+            [{}, {"pad": 128}],
+            ["splash_attention: rows of 100 are not taken"],
+        ),
+        ({"": "splash_attention: dropped out"}, [{}], ["splash_attention: dropped out"]),
+    ],
+)
+def test_heads_are_padded_where_the_kernels_refuse_them(
+    reasons: dict[str, str], asked: list[dict[str, int]], told: list[str]
+) -> None:
+    seen: list[Step] = []
+    left_out: list[Skipped] = []
+
+    def add(*steps: Step) -> bool:
+        if len(steps) > 1:
+            left_out.append(Skipped("causal_mask", "causal_mask: no mask is made in the model"))
+            return False
+        seen.append(steps[0])
+        reason = reasons.get("pad" if steps[0].params else "")
+        if reason:
+            left_out.append(Skipped("splash_attention", reason))
+        return not reason
+
+    _add_splash(add, Mode.TRAINING, left_out)
+    assert [dict(s.params) for s in seen] == asked
+    assert [s.reason for s in left_out] == told

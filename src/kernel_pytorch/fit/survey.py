@@ -30,6 +30,8 @@ __all__ = ["Option", "Survey", "survey"]
 
 _CHUNKS, _LEAST_ROWS = 16, 128
 _MOST_KEPT = 4
+_PADDED = Step("splash_attention", {"pad": 128})
+"""For heads that the kernels do not take as they are; where they do, columns of zeros win nothing (tpu-log.md)."""
 _SPREAD_LOOP = "a loop over blocks is not spread over devices: their marks are on each block's call"
 
 
@@ -94,7 +96,7 @@ def survey(build: Build, *, partitioned: bool = False, known: int = 0) -> Survey
         if build.mode is Mode.TRAINING:
             _add_attention(Step("chunked_attention", {"rows": 1024}), add, build.mode, left_out)
     else:
-        _add_attention(Step("splash_attention"), add, build.mode, left_out)
+        _add_splash(add, build.mode, left_out)
     if build.mode is Mode.TRAINING:
         logits = _logits(build)
         if logits:
@@ -115,16 +117,31 @@ def survey(build: Build, *, partitioned: bool = False, known: int = 0) -> Survey
     return Survey(base, tuple(sorted(options, key=lambda o: o.flops)), tuple(left_out), block)
 
 
-def _add_attention(step: Step, add: Callable[..., bool], mode: Mode, left_out: list[Skipped]) -> None:
-    """Add a pattern of attention, if need be with the masks that transformers makes while it is traced taken away.
-
-    Where neither applies, the reason that remains is what stands in the way once the masks are gone, if they go.
-    """
-    if add(step) or mode is not Mode.TRAINING:
+def _add_splash(add: Callable[..., bool], mode: Mode, left_out: list[Skipped]) -> None:
+    """Add splash kernels for heads as they are, or padded where the kernels refuse their shape."""
+    if _add_attention(Step("splash_attention"), add, mode, left_out) or "are not taken" not in left_out[-1].reason:
         return
+    refused = left_out.pop()
+    if not _add_attention(_PADDED, add, mode, left_out):
+        left_out[-1] = refused
+
+
+def _add_attention(step: Step, add: Callable[..., bool], mode: Mode, left_out: list[Skipped]) -> bool:
+    """Add a pattern of attention, and say whether it applies.
+
+    If need be the masks that transformers makes while it is traced are taken away. Where neither applies, the reason
+    that remains is what stands in the way once the masks are gone, if they go.
+    """
+    if add(step):
+        return True
+    if mode is not Mode.TRAINING:
+        return False
     with_masks = left_out.pop()
-    if not add(Step("causal_mask"), step) and not left_out[-1].reason.startswith(f"{step.transform}:"):
+    if add(Step("causal_mask"), step):
+        return True
+    if not left_out[-1].reason.startswith(f"{step.transform}:"):
         left_out[-1] = with_masks
+    return False
 
 
 def _recomputing(build: Build, common: list[Step], block: str, left_out: list[Skipped]) -> Iterator[Option]:
