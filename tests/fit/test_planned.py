@@ -70,6 +70,14 @@ def test_an_emulated_device_is_asked_about_as_one_v5e_chip(asked) -> None:
     assert asked[0][1].name == "v5e:1"
 
 
+def test_a_slice_that_is_named_is_asked_about_whatever_the_device_is(asked) -> None:
+    for device in (DEVICE, replace(DEVICE, vendor="cpu", arch="x86_64")):
+        (told,) = planned.memory_of(WORKLOAD, SPEC, device, Candidate(), topology="v6e:2x2", timeout_s=9.0)
+        assert (asked[-1][1].name, told.place) == ("v6e:2x2", "v6e:2x2")
+    with pytest.raises(KptError, match="valid ones of v6e"):
+        planned.memory_of(WORKLOAD, SPEC, DEVICE, Candidate(), topology="v6e:3x3", timeout_s=9.0)
+
+
 def test_steps_that_say_how_to_compile_are_left_out_for_the_whole_step_is_compiled(asked) -> None:
     assert len(planned.memory_of(WORKLOAD, SPEC, DEVICE, Candidate((COMPILE,)), timeout_s=9.0)) == 1
     asked.clear()

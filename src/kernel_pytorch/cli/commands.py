@@ -187,6 +187,12 @@ def predict(**options: Any) -> int:
     is_flag=True,
     help="On NVIDIA GPUs, let the layer that makes logits train in FP8, too; it is judged like any other step.",
 )
+@click.option(
+    "--topology",
+    metavar="SLICE",
+    help="TPU slice, e.g. v5e:4x4, for which the report tells the step's memory, by its compiler; needs no TPU. By "
+    "default one chip of the TPU searched on.",
+)
 @_choice
 @_seed
 @_trust_code

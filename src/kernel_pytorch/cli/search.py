@@ -52,6 +52,7 @@ def optimize(
     form: str,
     device: str = "auto",
     allow_float8_lm_head: bool = False,
+    topology: str | None = None,
     **options: Any,
 ) -> int:
     """Search, with progress on stderr, and print the outcome."""
@@ -60,20 +61,19 @@ def optimize(
         pass
     with quiet_stdout():
         from kernel_pytorch.backends import manager_for
-        from kernel_pytorch.core.config import NvidiaWants, budget_seconds
+        from kernel_pytorch.core.config import NvidiaWants, TpuWants, budget_seconds
         from kernel_pytorch.core.management.unified_manager import UnifiedManager
         from kernel_pytorch.core.targets import load_target
         from kernel_pytorch.report.progress import live
 
         seconds = budget_seconds(budget, manager_for(device).vendor) if isinstance(budget, str) else budget
         wants = NvidiaWants(allow_float8_lm_head=allow_float8_lm_head)
-        config = make_config(budget_s=seconds, nvidia=wants, **options)
+        config = make_config(budget_s=seconds, nvidia=wants, tpu=TpuWants(topology=topology or ""), **options)
+        manager = UnifiedManager(config, device=device)
         workload = load_target(target, trust_remote_code=config.trust_remote_code)
         console = stderr_console()
         with live(console) as listen:
-            result = UnifiedManager(config, device=device).optimize(
-                workload, directory=directory, resume=resume, listen=listen, command=_command()
-            )
+            result = manager.optimize(workload, directory=directory, resume=resume, listen=listen, command=_command())
     plan = result.plan
 
     def data() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from kernel_pytorch.core.types import Mode, Scalar
 from kernel_pytorch.errors import KptError
 
-__all__ = ["BUDGETS_S", "GPU_BUDGETS_S", "KernelPyTorchConfig", "NvidiaWants", "budget_seconds"]
+__all__ = ["BUDGETS_S", "GPU_BUDGETS_S", "KernelPyTorchConfig", "NvidiaWants", "TpuWants", "budget_seconds"]
 
 BUDGETS_S: dict[str, float] = {"quick": 60.0, "default": 240.0, "thorough": 1800.0}
 """Seconds a search may take, confirmation included, by the name `--budget` accepts."""
@@ -40,6 +40,18 @@ class NvidiaWants:
 
 
 @dataclass(frozen=True, slots=True)
+class TpuWants:
+    """What only a user can want of TPUs.
+
+    Attributes:
+        topology: Slice for which the TPU compiler is asked about the step's memory, on any machine: `v5e:4x4`, as `kpt
+            fit` takes it. Empty: one chip of the device that was searched on, where that is a TPU.
+    """
+
+    topology: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class KernelPyTorchConfig:
     """What the user asks for.
 
@@ -59,6 +71,7 @@ class KernelPyTorchConfig:
             unmodified model (which stays in memory for that), `error` raises.
         trust_remote_code: Whether code from a model hub may run.
         nvidia: What is wanted of NVIDIA GPUs; also as the names of what is allowed, as plans store it.
+        tpu: What is wanted of TPUs; also as the name of a slice, as plans store it.
 
     Raises:
         KptError: A value out of range.
@@ -77,6 +90,7 @@ class KernelPyTorchConfig:
     outside: str = "original"
     trust_remote_code: bool = False
     nvidia: NvidiaWants = NvidiaWants()
+    tpu: TpuWants = TpuWants()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", Mode(self.mode))
@@ -91,6 +105,7 @@ class KernelPyTorchConfig:
         if self.outside not in ("original", "error"):
             raise KptError(f"outside must be 'original' or 'error', got {self.outside!r}")
         object.__setattr__(self, "nvidia", _wants(self.nvidia))
+        object.__setattr__(self, "tpu", _tpu_wants(self.tpu))
         both = set(self.only) & set(self.exclude)
         if both:
             raise KptError(f"transforms both in only and exclude: {', '.join(sorted(both))}")
@@ -122,7 +137,8 @@ class KernelPyTorchConfig:
     def as_json(self) -> dict[str, Scalar | list[str] | None]:
         """Return the fields as plain JSON values, as a plan stores them."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {**plain, "nvidia": [name for name, wanted in asdict(self.nvidia).items() if wanted]}
+        allowed = [name for name, wanted in asdict(self.nvidia).items() if wanted]
+        return {**plain, "nvidia": allowed, "tpu": self.tpu.topology}
 
 
 def _wants(given: Any) -> NvidiaWants:
@@ -134,3 +150,8 @@ def _wants(given: Any) -> NvidiaWants:
     if unknown:
         raise KptError(f"nvidia: unknown {', '.join(map(repr, unknown))}", fix=f"known: {', '.join(known)}")
     return NvidiaWants(**dict.fromkeys(names, True))
+
+
+def _tpu_wants(given: Any) -> TpuWants:
+    """Return what is wanted, given as such or as the name of a slice."""
+    return given if isinstance(given, TpuWants) else TpuWants(topology=str(given))

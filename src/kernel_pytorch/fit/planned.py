@@ -32,25 +32,31 @@ def memory_of(
     device: DeviceSpec,
     chosen: Candidate,
     *,
+    topology: str = "",
     timeout_s: float,
     trust_remote_code: bool = False,
 ) -> tuple[StepMemory, ...]:
-    """Ask the TPU compiler what the step takes on one chip; nothing runs, and no chip is needed.
+    """Ask the TPU compiler what the step takes on one device of a slice; nothing runs, and no chip is needed.
 
     Args:
         workload: What the plan is for.
         spec: Its description; the case with the largest inputs is asked about.
-        device: The plan's device; where it is emulated, one v5e chip is asked about.
+        device: The plan's device.
         chosen: What the plan applies.
+        topology: The slice, each of whose devices runs the step on a batch of its own. Empty: one chip of the device's
+            generation; where it is emulated, one v5e chip.
         timeout_s: Limit of each compilation.
         trust_remote_code: As `load_target` takes it.
 
     Returns:
         The unmodified step's memory, and the chosen one's where the plan changes what is computed. Where the compiler
         does not answer, the entry says why.
+
+    Raises:
+        TopologyError: There is no such slice.
     """
     generation = device.arch if device.arch in GENERATIONS else _ELSEWHERE
-    topology = parse_topology(f"{generation}:1")
+    slice_ = parse_topology(topology or f"{generation}:1")
     case = max(spec.signatures, key=lambda name: sum(math.prod(s.shape) for s in spec.signatures[name]))
     build = Build(workload.target or workload, spec.mode, case=case, trust_remote_code=trust_remote_code)
 
@@ -58,14 +64,14 @@ def memory_of(
         cloudpickle.dumps(build)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         reason = f"the workload cannot be sent to another process: {error}"
-        return (StepMemory(Whose.UNMODIFIED, topology.name, case, reason=reason),)
+        return (StepMemory(Whose.UNMODIFIED, slice_.name, case, reason=reason),)
 
     def asked(whose: Whose, candidate: Candidate) -> StepMemory:
         try:
-            return _told(fit_tpu(replace(build, candidate=candidate), topology, timeout_s=timeout_s), whose, case)
+            return _told(fit_tpu(replace(build, candidate=candidate), slice_, timeout_s=timeout_s), whose, case)
         except KptError as error:
             reason = f"{error}; {error.fix}" if error.fix else str(error)
-            return StepMemory(whose, topology.name, case, reason=reason)
+            return StepMemory(whose, slice_.name, case, reason=reason)
 
     unmodified = asked(Whose.UNMODIFIED, Candidate())
     computed = Candidate(tuple(s for s in chosen.steps if s.transform not in _COMPILE_STEPS))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import kernel_pytorch
 from kernel_pytorch.backends import manager_for, one_process
+from kernel_pytorch.backends.tpu.topology import parse_topology
 from kernel_pytorch.catalog import TRANSFORMS
 from kernel_pytorch.core.config import KernelPyTorchConfig
 from kernel_pytorch.core.management.result import Result
@@ -37,7 +38,7 @@ class UnifiedManager:
         device: Where, as `hardware.detect` takes it; `None` is the machine's best.
 
     Raises:
-        KptError: The device is unknown, not supported, or not present.
+        KptError: The device is unknown, not supported, or not present; or the configuration names no slice of TPUs.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class UnifiedManager:
         self.hardware_manager: HardwareManager = manager_for(self.device)
         self.config = (config or KernelPyTorchConfig()).on(self.hardware_manager.vendor)
         self.transforms = tuple(transforms)
+        if self.config.tpu.topology:
+            parse_topology(self.config.tpu.topology)
 
     def predict(self, workload: Workload) -> tuple[WorkloadSpec, Prediction, Proposals]:
         """Say what could help and by how much, without trying anything."""
@@ -137,8 +140,8 @@ class UnifiedManager:
         return result
 
     def _memory(self, workload: Workload, spec: WorkloadSpec, chosen: Trial, say: Listener) -> tuple[StepMemory, ...]:
-        """Ask the device's compiler what the step takes, where it can be asked without the device."""
-        if self.hardware_manager.vendor != "tpu":
+        """Ask the TPU compiler what the step takes: of the slice that was asked for, else of the device's own chip."""
+        if self.hardware_manager.vendor != "tpu" and not self.config.tpu.topology:
             return ()
         from kernel_pytorch.fit.planned import memory_of
 
@@ -149,6 +152,7 @@ class UnifiedManager:
             spec,
             self.hardware_manager.spec,
             chosen.candidate,
+            topology=self.config.tpu.topology,
             timeout_s=self.config.budget_s,
             trust_remote_code=self.config.trust_remote_code,
         )
