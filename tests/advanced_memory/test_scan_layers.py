@@ -150,6 +150,29 @@ def test_between_forward_and_backward_less_is_held():
     assert after <= parameters + 4 * x.numel() * LAYERS < before
 
 
+class Cached(Stack):
+    """As transformers models with `use_cache`: each block appends to an object that all are given."""
+
+    def forward(self, x):
+        seen = Seen()
+        for block in self.blocks:
+            x = block(x, self.shift, flag=seen)
+        return x
+
+
+class Seen:
+    """What blocks have seen."""
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+
+
+class Appends(Block):
+    def forward(self, x, shift=None, *, flag=None):
+        flag.tensors.append(x)
+        return super().forward(x, shift)
+
+
 class InTuple(Block):
     def forward(self, x, shift=None):
         return (super().forward(x, shift),)
@@ -209,7 +232,8 @@ REFUSED = {
     "another order": (Turns, Block, "uses what lies between two blocks"),
     "another argument": (Shifts, Block, "block 1 is called with something else"),
     "random numbers": (Stack, Draws, "draws random numbers"),
-    "another function": (Stack, Differs, "block 1 computes something else than the first"),
+    "another function": (Stack, Differs, r"block 1 computes something else than the first: 1.0 and 2.0 are given to"),
+    "an object": (Cached, Appends, "given a Seen, which they may write"),
     "another dtype": (Stack, Wider, "one tensor like the one it takes"),
     "two results": (Stack, Pair, "one tensor like the one it takes"),
     "buffers": (Stack, Writes, "writes its buffers"),

@@ -19,6 +19,7 @@ from kernel_pytorch.backends.tpu.topology import parse_topology
 from kernel_pytorch.core.types import Candidate, Mode, Step
 from kernel_pytorch.errors import KptError
 from kernel_pytorch.fit.build import Build
+from kernel_pytorch.fit.patterns import search_patterns
 from kernel_pytorch.fit.tpu import fit_tpu, outcome
 
 _MISSING = [name for name in ("torch_tpu", "libtpu", "jax") if importlib.util.find_spec(name) is None]
@@ -189,6 +190,44 @@ def test_layers_in_a_loop_are_compiled_once_and_hold_less() -> None:
     assert whole.flops < loop.flops == pytest.approx(again.flops, rel=0.05)
     assert compiled.flops < largest.flops / 2, "the compiler counts the body of a loop once"
     assert compiled.peak_bytes < 0.6 * largest.peak_bytes
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Net() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+class Chain(Deep):
+    """The same without what lies between its layers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_search_compiles_the_set_it_found_best_as_a_loop_and_says_why_where_it_cannot() -> None:
+    found = search_patterns(build(Chain, 4096, WIDTH), parse_topology("v5e:1"), max_extra_flops=0.5)
+    names = [tried.candidate.steps[-1].transform for tried in found.tried[1:]]
+    assert names == ["recompute", "scan_layers"]
+    recomputed, loop = (tried.fit for tried in found.tried[1:])
+    assert recomputed is not None
+    assert loop is not None
+    assert loop.fits
+    # Every step of a loop takes the gradient of its input, which nobody asks of the first layer written out.
+    assert loop.flops == recomputed.flops + 2 * 4096 * WIDTH * HIDDEN
+    found = search_patterns(build(Deep, 4096, WIDTH), parse_topology("v5e:1"), max_extra_flops=0.5)
+    assert not any(s.transform == "scan_layers" for tried in found.tried for s in tried.candidate.steps)
+    assert (
+        "uses what lies between two blocks"
+        in next(s for s in found.survey.left_out if s.transform == "scan_layers").reason
+    )
 
 
 def test_a_forward_has_no_state_to_donate() -> None:

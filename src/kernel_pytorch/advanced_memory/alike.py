@@ -32,6 +32,9 @@ def difference(modules: Sequence[nn.Module], given: Sequence[Any], spec: Any) ->
         given: The leaves of `(args, kwargs)` that they are called with; only shapes and dtypes of tensors count.
         spec: Its structure.
     """
+    objects = [type(x).__name__ for x in given if not isinstance(x, (torch.Tensor, torch.device, *_PLAIN))]
+    if objects:
+        return f"the blocks are given a {objects[0]}, which they may write (use_cache=False, if it is a cache)"
     if any(_hooks(m) for module in modules for m in module.modules()):
         return "a block has hooks, which a loop would not call for each"
     first = _operators(modules[0], given, spec)
@@ -120,5 +123,8 @@ def _listed(graph: fx.GraphModule) -> list[Any]:
 
 
 def _first_difference(one: list[Any], other: list[Any]) -> str:
-    pair = next(((a, b) for a, b in zip(one, other, strict=False) if a != b), (one[-1], other[-1]))
-    return " and ".join(str(entry[1]) for entry in pair)
+    a, b = next(((a, b) for a, b in zip(one, other, strict=False) if a != b), (one[-1], other[-1]))
+    given = [(x, y) for x, y in zip(a[2:], b[2:], strict=False) if x != y and isinstance(x, str)]
+    if a[1] == b[1] and given:
+        return f"{given[0][0]} and {given[0][1]} are given to {a[1]}"
+    return f"{a[1]} and {b[1]}"

@@ -67,9 +67,10 @@ class ScanLayers:
         runs = [run[: len(run) - plain] for run in runs_of(program.model, name)]
         runs = [run for run in runs if len(run) >= _FEWEST]
         if not runs:
+            beside = f" beside the last {plain}, which stay outside" if plain else ""
             raise CandidateError(
                 f"the model has no {_FEWEST} modules of class {name!r} and of one structure that follow each other in "
-                "a ModuleList or Sequential"
+                f"a ModuleList or Sequential{beside}"
             )
         if any(block._compiled_call_impl is not None for run in runs for block in run):  # noqa: SLF001
             raise CandidateError(f"{step} cannot follow a step that compiled the blocks")
