@@ -103,7 +103,14 @@ def test_attention_is_added_with_its_masks_or_without_them(
             [{}, {"pad": 128}],
             ["splash_attention: rows of 100 are not taken"],
         ),
-        ({"": "splash_attention: dropped out"}, [{}], ["splash_attention: dropped out"]),
+        (
+            {
+                "": "splash_attention: drops out",
+                "pad": "splash_attention(pad=128): multiples of 128 already",
+            },
+            [{}, {"pad": 128}],
+            ["splash_attention: drops out"],
+        ),
     ],
 )
 def test_heads_are_padded_where_the_kernels_refuse_them(

@@ -18,6 +18,7 @@ from kernel_pytorch.precision.convert import convert
 from kernel_pytorch.precision.emulate import multiplied
 from kernel_pytorch.precision.linear import swap_linear
 from kernel_pytorch.precision.mlp import swap_mlp
+from kernel_pytorch.precision.monitor import Monitor
 from kernel_pytorch.precision.recipes import RECIPES
 from kernel_pytorch.precision.site import site_of
 
@@ -333,3 +334,21 @@ def test_a_graph_replays_the_moving_scales() -> None:
     weight = float8_cast(layer.weight.detach(), E4M3, site.states["weight"], role="read", transposed=False)
     want = (small.row.double() @ weight.row.double().t()) * small.inverse.double() * weight.inverse.double()
     assert error(y, want + layer.bias.double()) < 4 * EPS
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise_delayed", "rowwise"])
+def test_a_monitor_counts_on_the_gpu_what_a_cpu_counts_and_reads_it_later(recipe: str) -> None:
+    counted = []
+    for device in ("cuda", "cpu"):
+        torch.manual_seed(0)
+        layer = nn.Linear(256, 512, bias=False).to(device, torch.bfloat16)
+        swap_linear(layer, recipe)
+        x = (torch.randn(1024, 256) * 100).to(device, torch.bfloat16)
+        with Monitor(layer, every=1, bounds=None) as monitor:
+            layer(x).float().square().mean().backward()
+            monitor.step()
+        # Gradients of the two products differ in their last bits.
+        counted.append({r.operand: (r.elements, r.saturated, r.flushed, r.amax) for r in monitor.readings})
+    assert counted[0]["input"] == counted[1]["input"]
+    assert counted[0]["weight"] == counted[1]["weight"]
+    assert counted[0]["gradient"] == pytest.approx(counted[1]["gradient"], rel=0.05, abs=1e-3)

@@ -192,6 +192,46 @@ def test_tensorboard(tmp_path) -> None:
     assert events.Scalars("float8/out/input/amax")[0].value == pytest.approx(want.amax)
 
 
+class Copying:
+    """Counts on their way from a GPU: there once somebody waits, or says so."""
+
+    def __init__(self, *, there: bool = False) -> None:
+        self.there, self.waited = there, 0
+
+    def query(self) -> bool:
+        return self.there
+
+    def synchronize(self) -> None:
+        self.waited += 1
+
+
+def test_nobody_waits_for_counts_until_the_next_step_is_counted() -> None:
+    found: list[Reading] = []
+    monitor = Monitor(block("tensorwise_current"), every=3, bounds=None, on_reading=found.append)
+    monitor.step()
+    found.clear()
+    counts = torch.ones_like(monitor._counters)
+    late = Copying()
+    monitor._copied = (0, counts, late)
+    monitor.step()
+    assert not found
+    monitor.step()
+    assert (found, late.waited) == ([], 0)
+    monitor.step()  # this one was counted: what it counts may not mix with what is on its way
+    assert late.waited == 1
+    assert {r.step for r in found} == {0}
+    found.clear()
+    monitor._copied = (3, counts, Copying(there=True))
+    monitor.step()
+    assert {r.step for r in found} == {3}
+    found.clear()
+    last = Copying()
+    monitor._copied = (3, counts, last)
+    monitor.close()
+    assert last.waited == 1
+    assert found
+
+
 def test_what_cannot_be_watched_is_told() -> None:
     with pytest.raises(ModelError, match="no layer of the model runs in FP8"):
         Monitor(nn.Linear(16, 16))

@@ -118,8 +118,8 @@ def survey(build: Build, *, partitioned: bool = False, known: int = 0) -> Survey
 
 
 def _add_splash(add: Callable[..., bool], mode: Mode, left_out: list[Skipped]) -> None:
-    """Add splash kernels for heads as they are, or padded where the kernels refuse their shape."""
-    if _add_attention(Step("splash_attention"), add, mode, left_out) or "are not taken" not in left_out[-1].reason:
+    """Add splash kernels for heads as they are, else padded, where that helps."""
+    if _add_attention(Step("splash_attention"), add, mode, left_out):
         return
     refused = left_out.pop()
     if not _add_attention(_PADDED, add, mode, left_out):

@@ -108,7 +108,7 @@ class Monitor:
         on_reading: Called with each reading.
 
     Attributes:
-        readings: Of the last counted step.
+        readings: Of the last counted step; on a GPU of the last one whose counts have arrived.
         history: Largest magnitudes by layer and operand, `(step, amax)`, of all counted steps.
         fallen: Layers that fell back, with the reason.
 

@@ -64,7 +64,7 @@ def float8_count_kernel(
         flushed += (low & finite & there).to(tl.int32)
         wrong += (~finite & there).to(tl.int32)
         most = tl.maximum(most, tl.where(finite & there, bits, 0))
-    tl.atomic_add(counters, n.to(tl.float64), mask=tl.program_id(0) == 0, sem="relaxed")
+    tl.atomic_add(counters, tl.cast(n, tl.float64), mask=tl.program_id(0) == 0, sem="relaxed")
     tl.atomic_add(counters + 1, tl.sum(saturated, axis=0).to(tl.float64), sem="relaxed")
     tl.atomic_add(counters + 2, tl.sum(flushed, axis=0).to(tl.float64), sem="relaxed")
     tl.atomic_add(counters + 3, tl.sum(wrong, axis=0).to(tl.float64), sem="relaxed")
